@@ -1,0 +1,178 @@
+/**
+ * The workload: what a client asks for (`WorkloadSpec`) and what vulcan answers with (`Workload`).
+ * One schema and one type of the same name; every field that is not named here is refused with its path.
+ */
+import { z } from 'zod'
+
+export const Isolation = z.enum(['isolate', 'gvisor', 'docker', 'microvm']).meta({ id: 'Isolation' })
+export type Isolation = z.infer<typeof Isolation>
+
+export const Runtime = z
+  .enum(['javascript', 'typescript', 'node', 'python', 'go', 'oci'])
+  .meta({ id: 'Runtime' })
+export type Runtime = z.infer<typeof Runtime>
+
+export const Status = z.enum(['pending', 'running', 'completed', 'failed', 'killed']).meta({ id: 'Status' })
+export type Status = z.infer<typeof Status>
+
+/** Why a workload ended other than by completing; each is backed by evidence, never guessed. */
+export const Cause = z
+  .enum([
+    'timeout',
+    'oom',
+    'user_error',
+    'exit_code',
+    'killed',
+    'runner_lost',
+    'output_invalid',
+    'output_too_large',
+    'egress_denied',
+    'image_not_found',
+    'invalid_workload',
+    'backend_unavailable',
+    'disk_full',
+    'internal',
+  ])
+  .meta({ id: 'Cause' })
+export type Cause = z.infer<typeof Cause>
+
+/** Failures of the platform: retried without being asked. Every other cause is retried only by `retry.on`. */
+export const platformCauses: readonly Cause[] = ['runner_lost', 'backend_unavailable', 'disk_full', 'internal']
+
+export const WorkloadId = z.uuid().meta({ id: 'WorkloadId', description: 'UUID, version 7 or 8' })
+export type WorkloadId = z.infer<typeof WorkloadId>
+
+/** Content address of stored bytes. */
+export const Digest = z
+  .string()
+  .regex(/^sha256:[0-9a-f]{64}$/, 'must be sha256: and 64 hex digits')
+  .meta({ id: 'Digest' })
+export type Digest = z.infer<typeof Digest>
+
+/** A blob in the object store and its size in bytes. */
+export const BlobRef = z.strictObject({ blob: Digest, size: z.int().nonnegative() })
+export type BlobRef = z.infer<typeof BlobRef>
+
+export const Limits = z
+  .strictObject({
+    timeout_s: z.number().positive().max(86_400).default(30),
+    memory_mb: z.int().min(8).max(65_536).default(128),
+    cpu: z.number().positive().max(64).default(1),
+    pids: z.int().min(1).max(32_768).default(64),
+    output_mb: z.number().positive().max(64).default(6),
+  })
+  .meta({ id: 'Limits', description: 'timeout in seconds, memory and output in MiB, cpu in cores' })
+export type Limits = z.infer<typeof Limits>
+
+export const Retry = z
+  .strictObject({
+    max_attempts: z.int().min(1).max(20).default(3),
+    on: z.array(Cause).max(14).default(['runner_lost']),
+    backoff: z.enum(['exponential', 'none']).default('exponential'),
+  })
+  .meta({ id: 'Retry', description: 'platform failures are retried anyway; `on` adds causes of the user’s own' })
+export type Retry = z.infer<typeof Retry>
+
+const HostPort = z
+  .string()
+  .max(300)
+  .regex(/^[a-z0-9.*-]+:\d{1,5}$/i, 'must be host:port')
+
+const Source = z.union([z.literal('auto'), Isolation, z.array(Isolation).min(1).max(4)])
+const EnvName = z.string().regex(/^[A-Za-z_][A-Za-z0-9_]{0,255}$/, 'must be a name such as MODE')
+const LabelName = z.string().regex(/^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$/, 'must be 1 to 63 of A–Z a–z 0–9 . _ / -')
+
+/** What a client posts. After parsing, every default is filled in and exactly one of code, archive and image is set. */
+export const WorkloadSpec = z
+  .strictObject({
+    isolation: Source.default('auto'),
+    runtime: Runtime.optional(),
+    code: z.string().min(1).optional(),
+    archive: z.strictObject({ blob: Digest }).optional(),
+    image: z.union([z.string().min(1).max(512), z.strictObject({ blob: Digest })]).optional(),
+    entrypoint: z.union([z.string().min(1).max(1024), z.array(z.string().max(32_768)).min(1).max(256)]).optional(),
+    input: z.json().optional(),
+    env: z.record(EnvName, z.string().max(32_768)).default({}),
+    secrets: z.array(EnvName).max(64).default([]),
+    limits: Limits.prefault({}),
+    network: z
+      .strictObject({ egress: z.union([z.enum(['none', 'all']), z.array(HostPort).min(1).max(64)]).default('none') })
+      .prefault({}),
+    retry: Retry.prefault({}),
+    labels: z.record(LabelName, z.string().max(255)).default({}),
+  })
+  .superRefine((spec, ctx) => {
+    const sources = (['code', 'archive', 'image'] as const).filter((name) => spec[name] !== undefined)
+    if (sources.length !== 1) {
+      const message =
+        sources.length === 0
+          ? 'one of code, archive or image is required'
+          : `only one of code, archive and image may be set, not ${sources.join(' and ')}`
+      ctx.addIssue({ code: 'custom', path: [sources[1] ?? 'code'], message })
+    }
+  })
+  .meta({ id: 'WorkloadSpec' })
+export type WorkloadSpec = z.infer<typeof WorkloadSpec>
+
+export const WorkloadError = z
+  .strictObject({ message: z.string(), stack: z.string().nullable() })
+  .meta({ id: 'WorkloadError' })
+export type WorkloadError = z.infer<typeof WorkloadError>
+
+/** CPU time in ms and peak memory in MiB of one attempt, as measured by its sandbox; null where it cannot tell. */
+export const Usage = z.strictObject({ cpu_ms: z.number().nullable(), memory_peak_mb: z.number().nullable() })
+export type Usage = z.infer<typeof Usage>
+
+/** What really ran: the digest of the code, on which runner, within which limits, how it was started. */
+export const Receipt = z
+  .strictObject({
+    code_sha256: z.string().nullable(),
+    runner: z.string(),
+    isolation: Isolation,
+    walls: z.array(z.string()),
+    start: z.enum(['cold', 'warm']),
+    limits: Limits,
+    usage: Usage,
+  })
+  .meta({ id: 'Receipt' })
+export type Receipt = z.infer<typeof Receipt>
+
+const Time = z.iso.datetime()
+
+/** The workload as every route answers it. Times are RFC 3339 UTC, durations milliseconds. */
+export const Workload = z
+  .strictObject({
+    id: WorkloadId,
+    status: Status,
+    cause: Cause.nullable(),
+    isolation: Isolation,
+    routing_reason: z.string(),
+    attempts: z.int().nonnegative(),
+    created_at: Time,
+    started_at: Time.nullable(),
+    ended_at: Time.nullable(),
+    queue_ms: z.number().nullable(),
+    duration_ms: z.number().nullable(),
+    output: z.json(),
+    exit_code: z.int().nullable(),
+    error: WorkloadError.nullable(),
+    receipt: Receipt.nullable(),
+    trace_id: z.string().nullable(),
+    labels: z.record(z.string(), z.string()),
+  })
+  .meta({ id: 'Workload' })
+export type Workload = z.infer<typeof Workload>
+
+export const LogLevel = z.enum(['debug', 'info', 'warn', 'error'])
+export type LogLevel = z.infer<typeof LogLevel>
+
+/** One line a workload wrote: `time` is the runner host’s clock, `stream` says where it was written to. */
+export const LogLine = z
+  .strictObject({
+    time: Time,
+    level: LogLevel,
+    stream: z.enum(['console', 'stdout', 'stderr', 'vulcan']),
+    text: z.string(),
+  })
+  .meta({ id: 'LogLine' })
+export type LogLine = z.infer<typeof LogLine>
