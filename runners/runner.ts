@@ -2,7 +2,10 @@
  * The one interface behind which every isolation stands. A runner knows nothing of the bus, of events or of
  * retries: it turns a `Job` into an `Outcome` inside a sandbox, and leaves nothing behind.
  */
+import type { Capabilities } from '../shared/backends.ts'
 import type { Cause, Isolation, Limits, LogLine, Runtime, Usage, WorkloadError } from '../shared/workload.ts'
+
+export type { Capabilities } from '../shared/backends.ts'
 
 /** One attempt at a workload, parsed, with its payload fetched. */
 export interface Job {
@@ -56,20 +59,7 @@ export interface Prepared {
 }
 
 /** What a host offers for an isolation, found by trying it. */
-export type Probe =
-  | { available: true; capabilities: Capabilities }
-  | { available: false; reason: string; fix: string }
-
-export interface Capabilities {
-  runtimes: Runtime[]
-  egress: ('none' | 'all' | 'allowlist')[]
-  /** Outer walls in force, such as `bubblewrap`, `node-permissions`. */
-  walls: string[]
-  /** Walls that are wanted but not in force, each with what would bring it. */
-  missing: { wall: string; fix: string }[]
-  /** Version of the engine, such as V8’s. */
-  version: string
-}
+export type Probe = { available: true; capabilities: Capabilities } | { available: false; reason: string; fix: string }
 
 export interface Runner extends AsyncDisposable {
   readonly isolation: Isolation

@@ -78,20 +78,20 @@ const HostPort = z
   .max(300)
   .regex(/^[a-z0-9.*-]+:\d{1,5}$/i, 'must be host:port')
 
-const Source = z.union([z.literal('auto'), Isolation, z.array(Isolation).min(1).max(4)])
+const IsolationChoice = z.union([z.literal('auto'), Isolation, z.array(Isolation).min(1).max(4)])
 const EnvName = z.string().regex(/^[A-Za-z_][A-Za-z0-9_]{0,255}$/, 'must be a name such as MODE')
 const LabelName = z.string().regex(/^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$/, 'must be 1 to 63 of A–Z a–z 0–9 . _ / -')
 
 /** What a client posts. After parsing, every default is filled in and exactly one of code, archive and image is set. */
 export const WorkloadSpec = z
   .strictObject({
-    isolation: Source.default('auto'),
+    isolation: IsolationChoice.default('auto'),
     runtime: Runtime.optional(),
     code: z.string().min(1).optional(),
     archive: z.strictObject({ blob: Digest }).optional(),
     image: z.union([z.string().min(1).max(512), z.strictObject({ blob: Digest })]).optional(),
     entrypoint: z.union([z.string().min(1).max(1024), z.array(z.string().max(32_768)).min(1).max(256)]).optional(),
-    input: z.json().optional(),
+    input: z.unknown().optional(),
     env: z.record(EnvName, z.string().max(32_768)).default({}),
     secrets: z.array(EnvName).max(64).default([]),
     limits: Limits.prefault({}),
@@ -153,7 +153,7 @@ export const Workload = z
     ended_at: Time.nullable(),
     queue_ms: z.number().nullable(),
     duration_ms: z.number().nullable(),
-    output: z.json(),
+    output: z.unknown(),
     exit_code: z.int().nullable(),
     error: WorkloadError.nullable(),
     receipt: Receipt.nullable(),

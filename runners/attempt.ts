@@ -1,0 +1,323 @@
+/**
+ * One queued workload from its delivery to its recorded end, whichever isolation runs it. The order matters:
+ * `started` is stored before the user’s code runs, the end before the reply, the reply before the acknowledgement.
+ * A crash anywhere means redelivery, and the referee decides what still holds.
+ */
+import type { Blobs } from '../shared/blobs.ts'
+import type { Bus, StoredEvent } from '../shared/bus.ts'
+import { BusUnavailable } from '../shared/errors.ts'
+import {
+  type AcceptedEvent,
+  type End,
+  type EndEvent,
+  type EndKind,
+  eventSchemas,
+  type Late,
+  type LifecycleEvent,
+  makeEvent,
+  type Origin,
+} from '../shared/events.ts'
+import { sha256Hex } from '../shared/ids.ts'
+import { mayRetry, retryDelay, standing } from '../shared/lifecycle.ts'
+import type { Logger } from '../shared/process.ts'
+import type { WorkMessage } from '../shared/queue.ts'
+import { eventSubject, lateSubject, logSubject, replySubject } from '../shared/subjects.ts'
+import { type Cause, type Receipt, type Retry, WorkloadSpec } from '../shared/workload.ts'
+import { type LogLimits, openLogbook } from './logbook.ts'
+import type { Job, Outcome, Prepared, Runner } from './runner.ts'
+
+/** Outputs larger than this (bytes of JSON) go through the object store: a message holds 1 MiB. */
+const inlineOutputBytes = 512 * 1024
+
+export type StopReason = 'killed' | 'timeout' | 'shutdown' | 'lease_lost'
+
+/** A workload this process holds, from receipt of its message on. */
+export interface Held {
+  message: WorkMessage
+  stop: AbortController
+}
+
+export interface AttemptContext {
+  bus: Bus
+  blobs: Blobs
+  runner: Runner
+  runnerId: string
+  logLimits: LogLimits
+  log: Logger
+  /** What this process holds, by workload. */
+  held: Map<string, Held>
+}
+
+const stopMessages: Record<Exclude<StopReason, 'timeout'>, string> = {
+  killed: 'killed on request',
+  shutdown: 'the runner was shut down while it ran',
+  lease_lost: 'the runner lost the message bus while it ran',
+}
+
+/** Takes a delivered message to its next resting place: an end, a recorded retry, or somebody else’s hands. */
+export async function takeWork(context: AttemptContext, message: WorkMessage): Promise<void> {
+  const { bus, held, log } = context
+  const already = held.get(message.workload)
+  if (already !== undefined) {
+    // Redelivered while it runs here: this process was too busy to say so. The new handle keeps it.
+    already.message = message
+    message.working()
+    return
+  }
+  const mine: Held = { message, stop: new AbortController() }
+  held.set(message.workload, mine)
+  try {
+    const parsed = eventSchemas.accepted.safeParse(parseJson(message.body))
+    if (!parsed.success || Number.isNaN(message.acceptedSeq)) {
+      log.warn({ workload: message.workload }, 'dropped a queued message that is not an accepted event')
+      message.ack()
+      return
+    }
+    let last: StoredEvent | undefined =
+      message.deliveries === 1
+        ? { event: parsed.data as LifecycleEvent, seq: message.acceptedSeq }
+        : await bus.lastEvent(message.workload)
+    while (last !== undefined) last = await step(context, mine, parsed.data, last)
+  } catch (error) {
+    if (!(error instanceof BusUnavailable)) log.error({ workload: message.workload, err: error }, 'attempt failed')
+    // Whatever went wrong here was ours: the message comes back, here or elsewhere.
+    mine.message.later(1_000)
+  } finally {
+    held.delete(message.workload)
+  }
+}
+
+/** One move from where the workload stands. Returns where it stands then, or undefined when there is no more to do. */
+async function step(
+  context: AttemptContext,
+  held: Held,
+  accepted: AcceptedEvent,
+  last: StoredEvent,
+): Promise<StoredEvent | undefined> {
+  const now = standing(last.event)
+  switch (now.at) {
+    case 'ended':
+      reply(context, held, now.event)
+      held.message.ack()
+      return undefined
+    case 'pending': {
+      const reason: StopReason | undefined = held.stop.signal.reason
+      const leaving = reason === 'shutdown' || reason === 'lease_lost'
+      const wait = now.notBefore - Date.now()
+      if (leaving || wait > 0) {
+        held.message.later(Math.max(0, wait))
+        return undefined
+      }
+      // A timeout belongs to the attempt it ended; a kill holds for the next one too.
+      if (reason === 'timeout') held.stop = new AbortController()
+      return await attempt(context, held, accepted, now.attempts + 1, last.seq)
+    }
+    case 'running': {
+      const error = { message: `runner ${now.runner} was lost while it ran`, stack: null }
+      const retry = accepted.data.spec.retry as Retry
+      const data = { attempt: now.attempts, runner: now.runner, cause: 'runner_lost' as const, error }
+      return mayRetry(retry, 'runner_lost', now.attempts)
+        ? await move(context, held, accepted, last.seq, 'retrying', {
+            ...data,
+            not_before: new Date(Date.now() + retryDelay(retry, now.attempts)).toISOString(),
+          })
+        : await move(context, held, accepted, last.seq, 'failed', endOf({ ...data, started_at: now.startedAt }))
+    }
+    default:
+      throw new Error(`unhandled ${now satisfies never}`)
+  }
+}
+
+/** Runs the code once, if the referee lets this process start it. */
+async function attempt(
+  context: AttemptContext,
+  held: Held,
+  accepted: AcceptedEvent,
+  n: number,
+  expected: number,
+): Promise<StoredEvent | undefined> {
+  const { bus, blobs, runner, runnerId } = context
+  const id = accepted.subject
+  const spec = WorkloadSpec.parse(accepted.data.spec)
+  const job = await toJob(context, accepted, spec, n)
+  const prepared: Prepared | undefined = typeof job === 'string' ? undefined : runner.prepare(job)
+  try {
+    const started = makeEvent('started', id, n, { attempt: n, runner: runnerId }, originOf(context, accepted))
+    const stored = await bus.settleEvent(eventSubject(id, 'started'), started, expected)
+    if (!stored.stored) return stored.last
+    if (prepared === undefined || typeof job === 'string') {
+      const error = { message: job as string, stack: null }
+      const end = endOf({ attempt: n, runner: runnerId, started_at: started.time, cause: 'internal', error })
+      return await move(context, held, accepted, stored.seq, 'failed', end)
+    }
+
+    const book = openLogbook(context.logLimits, async (batch, lines, dropped) => {
+      const event = makeEvent('log', id, `${n}.${batch}`, { attempt: n, n: batch, lines, dropped }, originOf(context, accepted))
+      await bus.publishRecord(logSubject(id), event, `${id}.${n}.log.${batch}`)
+    })
+    const clock = setTimeout(() => held.stop.abort('timeout' satisfies StopReason), spec.limits.timeout_s * 1_000)
+    const before = performance.now()
+    const outcome = await prepared.run(held.stop.signal, book.write).finally(() => clearTimeout(clock))
+    const duration = Math.round((performance.now() - before) * 1_000) / 1_000
+    const logs = book.close()
+    if (!book.settled) await book.flushed()
+
+    const receipt: Receipt = {
+      code_sha256: job.codeSha256,
+      runner: runnerId,
+      isolation: runner.isolation,
+      walls: runner.capabilities.walls,
+      start: outcome.start,
+      limits: spec.limits,
+      usage: outcome.usage,
+    }
+    const base = { attempt: n, runner: runnerId, started_at: started.time, duration_ms: duration, logs, receipt }
+    const verdict = judge(outcome, held.stop.signal.reason, spec)
+    if (verdict.kind === 'completed') {
+      const output = await storeOutput(blobs, verdict.output)
+      const end = endOf({ ...base, ...output, exit_code: verdict.exitCode })
+      return await move(context, held, accepted, stored.seq, 'completed', end)
+    }
+    const { cause, error, exitCode } = verdict
+    if (verdict.kind === 'failed' && mayRetry(spec.retry, cause, n)) {
+      const not_before = new Date(Date.now() + retryDelay(spec.retry, n)).toISOString()
+      return await move(context, held, accepted, stored.seq, 'retrying', {
+        attempt: n,
+        runner: runnerId,
+        cause,
+        error,
+        not_before,
+      })
+    }
+    return await move(context, held, accepted, stored.seq, verdict.kind, endOf({ ...base, cause, error, exit_code: exitCode }))
+  } finally {
+    prepared?.release()
+  }
+}
+
+type Verdict =
+  | { kind: 'completed'; output: string; exitCode: number | null }
+  | { kind: 'failed' | 'killed'; cause: Cause; error: { message: string; stack: string | null }; exitCode: number | null }
+
+/** What an outcome means, given why it was stopped, if it was. */
+function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadSpec): Verdict {
+  switch (outcome.status) {
+    case 'completed':
+      return { kind: 'completed', output: outcome.output, exitCode: outcome.exitCode }
+    case 'failed':
+      return { kind: 'failed', cause: outcome.cause, error: outcome.error, exitCode: outcome.exitCode }
+    case 'stopped': {
+      const stopped = (kind: 'failed' | 'killed', cause: Cause, message: string): Verdict => ({
+        kind,
+        cause,
+        error: { message, stack: null },
+        exitCode: null,
+      })
+      if (reason === 'timeout')
+        return stopped('failed', 'timeout', `the workload ran longer than its limit of ${spec.limits.timeout_s} s`)
+      if (reason === 'killed') return stopped('killed', 'killed', stopMessages.killed)
+      return stopped('failed', 'runner_lost', stopMessages[reason ?? 'shutdown'])
+    }
+    default:
+      throw new Error(`unhandled ${outcome satisfies never}`)
+  }
+}
+
+/**
+ * Stores the next event. Stored: the workload stands there. Refused: somebody else moved it, and what we have is
+ * late unless it is a step that lost its point.
+ */
+async function move<K extends 'retrying' | EndKind>(
+  context: AttemptContext,
+  held: Held,
+  accepted: AcceptedEvent,
+  expected: number,
+  kind: K,
+  data: K extends 'retrying' ? Parameters<typeof makeEvent<'retrying'>>[3] : End,
+): Promise<StoredEvent | undefined> {
+  const { bus, runnerId } = context
+  const id = accepted.subject
+  const made = makeEvent(kind as EndKind, id, data.attempt as number, data as End, originOf(context, accepted))
+  const event = made as LifecycleEvent
+  const stored = await bus.settleEvent(eventSubject(id, kind), event, expected)
+  if (stored.stored) return { event, seq: stored.seq }
+  if (data.runner === runnerId) {
+    const late: Late = { attempt: data.attempt as number, runner: runnerId, status: kind, cause: data.cause }
+    const record = makeEvent('late', id, late.attempt, late, originOf(context, accepted))
+    await bus.publishRecord(lateSubject(id), record, `${id}.late.${late.attempt}.${runnerId}`).catch(() => {})
+  }
+  return stored.last
+}
+
+function reply(context: AttemptContext, held: Held, end: EndEvent): void {
+  const { replyTo, workload } = held.message
+  if (replyTo !== undefined) context.bus.send(replySubject(replyTo, workload), JSON.stringify(end))
+}
+
+/** The job of an attempt, its payload fetched; a text where the payload is gone for good. */
+async function toJob(
+  context: AttemptContext,
+  accepted: AcceptedEvent,
+  spec: WorkloadSpec,
+  attempt: number,
+): Promise<Job | string> {
+  let { code, input } = spec
+  if (accepted.data.payload !== null) {
+    const bytes = await context.blobs.get(accepted.data.payload.blob)
+    if (bytes === undefined) return `its payload ${accepted.data.payload.blob} is no longer stored`
+    const payload = JSON.parse(Buffer.from(bytes).toString()) as { code?: string; input?: unknown }
+    code = payload.code ?? code
+    if ('input' in payload) input = payload.input
+  }
+  if (code === undefined) return `${context.runner.isolation} runs source code, and this workload has none`
+  return {
+    id: accepted.subject,
+    attempt,
+    runtime: spec.runtime ?? 'javascript',
+    code,
+    codeSha256: sha256Hex(code),
+    input: input === undefined ? undefined : JSON.stringify(input),
+    env: spec.env,
+    limits: spec.limits,
+    traceparent: accepted.traceparent,
+  }
+}
+
+async function storeOutput(blobs: Blobs, output: string): Promise<Pick<End, 'output' | 'output_blob'>> {
+  if (output.length <= inlineOutputBytes / 3 || Buffer.byteLength(output) <= inlineOutputBytes)
+    return { output: JSON.parse(output), output_blob: null }
+  for (;;) {
+    try {
+      return { output: null, output_blob: await blobs.put(Buffer.from(output)) }
+    } catch (error) {
+      if (!(error instanceof BusUnavailable)) throw error
+      await new Promise((resolve) => setTimeout(resolve, 250))
+    }
+  }
+}
+
+const endOf = (data: Partial<End> & Pick<End, 'attempt' | 'runner'>): End => ({
+  started_at: null,
+  duration_ms: null,
+  cause: null,
+  error: null,
+  output: null,
+  output_blob: null,
+  exit_code: null,
+  logs: null,
+  receipt: null,
+  ...data,
+})
+
+const originOf = (context: AttemptContext, accepted: AcceptedEvent): Origin => ({
+  source: `/vulcan/runners/${context.runnerId}`,
+  traceparent: accepted.traceparent,
+})
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return undefined
+  }
+}

@@ -1,0 +1,153 @@
+/**
+ * The consume loop, the same for every isolation: pull no more than there are free slots, say every third of the
+ * ack wait that work goes on, answer kills, send heartbeats, and let go of everything when the lease is lost.
+ */
+import { hostname } from 'node:os'
+import { setTimeout as delay } from 'node:timers/promises'
+import { type Heartbeat, heartbeatMs } from '../shared/backends.ts'
+import type { Blobs } from '../shared/blobs.ts'
+import type { Bus } from '../shared/bus.ts'
+import type { Logger } from '../shared/process.ts'
+import { pullWork } from '../shared/queue.ts'
+import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
+import { workConsumer } from '../shared/topology.ts'
+import type { Isolation } from '../shared/workload.ts'
+import { type Held, type StopReason, takeWork } from './attempt.ts'
+import type { LogLimits } from './logbook.ts'
+import type { Probe, Runner } from './runner.ts'
+
+/** Milliseconds between two writes of the isolation’s last known capabilities; they are kept 15 minutes. */
+const announceMs = 5 * 60_000
+/** Milliseconds that running work is given to end by itself when the process is told to stop. */
+const drainMs = 5_000
+
+export interface WorkerOptions {
+  bus: Bus
+  blobs: Blobs
+  runner: Runner
+  runnerId: string
+  slots: number
+  ackWaitMs: number
+  replicas: number
+  logLimits: LogLimits
+  log: Logger
+}
+
+/** Runs until `stop` is aborted and what was held has ended or been handed back. */
+export async function runWorker(options: WorkerOptions, stop: AbortSignal): Promise<void> {
+  const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, log } = options
+  const held = new Map<string, Held>()
+  const context = { bus, blobs, runner, runnerId, logLimits, log, held }
+
+  const stopAll = (reason: StopReason) => {
+    for (const one of held.values()) one.stop.abort(reason)
+  }
+
+  const startedAt = new Date().toISOString()
+  const heartbeat = (leaving: boolean): Heartbeat => ({
+    runner: runnerId,
+    isolation: runner.isolation,
+    available: true,
+    reason: null,
+    fix: null,
+    capabilities: runner.capabilities,
+    slots,
+    active: held.size,
+    host: hostname(),
+    pid: process.pid,
+    started_at: startedAt,
+    leaving,
+  })
+  const beat = (leaving = false) => bus.send(runnerSubject(runnerId), JSON.stringify(heartbeat(leaving)))
+
+  const rollCalls = bus.listen(rollCallSubject, () => beat())
+  const controls = bus.listen(allControls, (message) => {
+    const mine = held.get(workloadOf(message.subject))
+    if (mine === undefined) return
+    mine.stop.abort('killed' satisfies StopReason)
+    message.respond('{"ok":true}')
+  })
+
+  await announce(bus, options.replicas, heartbeat(false), stop)
+  beat()
+  const puller = pullWork(bus, workConsumer(runner.isolation), slots, (message) => {
+    void takeWork(context, message).finally(() => puller.release())
+  })
+
+  // Another runner takes over an ack wait after this one was last heard; by then nothing may run here.
+  let lease: NodeJS.Timeout | undefined
+  const unwatch = bus.onConnection((connected) => {
+    clearTimeout(lease)
+    if (connected) {
+      for (const one of held.values()) one.message.working()
+      beat()
+    } else lease = setTimeout(() => stopAll('lease_lost'), ackWaitMs * 0.8)
+  })
+  const timers = [
+    setInterval(() => beat(), heartbeatMs),
+    setInterval(() => void announce(bus, options.replicas, heartbeat(false), stop).catch(() => {}), announceMs),
+    setInterval(() => {
+      if (bus.connected) for (const one of held.values()) one.message.working()
+    }, ackWaitMs / 3),
+  ]
+  log.info({ runner: runnerId, isolation: runner.isolation, slots }, 'taking work')
+
+  await new Promise((resolve) => (stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true })))
+  log.info({ active: held.size }, 'stopping')
+  await puller.stop()
+  const deadline = Date.now() + drainMs
+  while (held.size > 0 && Date.now() < deadline) await delay(20)
+  stopAll('shutdown')
+  while (held.size > 0 && Date.now() < deadline + 2_000) await delay(20)
+  beat(true)
+  for (const timer of timers) clearInterval(timer)
+  clearTimeout(lease)
+  unwatch()
+  rollCalls.unsubscribe()
+  controls.unsubscribe()
+}
+
+/** Records what this isolation’s runners can do, so that gateways know it also while none is alive. */
+export async function announce(bus: Bus, replicas: number, heartbeat: Heartbeat, stop: AbortSignal): Promise<void> {
+  for (;;) {
+    try {
+      const kv = await bus.backends(replicas)
+      await kv.put(heartbeat.isolation, JSON.stringify(heartbeat))
+      return
+    } catch (error) {
+      if (stop.aborted) throw error
+      await delay(500)
+    }
+  }
+}
+
+/** Says, for as long as the process lives, that an isolation cannot be offered here and what would change that. */
+export async function announceUnavailable(
+  bus: Bus,
+  options: { runnerId: string; isolation: Isolation; replicas: number },
+  probe: Extract<Probe, { available: false }>,
+  stop: AbortSignal,
+): Promise<void> {
+  const heartbeat: Heartbeat = {
+    runner: options.runnerId,
+    isolation: options.isolation,
+    available: false,
+    reason: probe.reason,
+    fix: probe.fix,
+    capabilities: null,
+    slots: 0,
+    active: 0,
+    host: hostname(),
+    pid: process.pid,
+    started_at: new Date().toISOString(),
+    leaving: false,
+  }
+  const beat = () => bus.send(runnerSubject(options.runnerId), JSON.stringify(heartbeat))
+  const rollCalls = bus.listen(rollCallSubject, beat)
+  await announce(bus, options.replicas, heartbeat, stop)
+  const timer = setInterval(beat, heartbeatMs)
+  beat()
+  await new Promise((resolve) => (stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true })))
+  clearInterval(timer)
+  rollCalls.unsubscribe()
+}

@@ -1,0 +1,52 @@
+import { type Platform, platformConfig, StartError, startPlatform } from './platform.ts'
+import { ensureBubblewrap } from './setup.ts'
+import { NotReadyError } from './supervisor.ts'
+
+/** One Ctrl-C arrives several times, from the terminal and forwarded by npm; only a later one is a second wish. */
+const repeatedSignalMs = 1_000
+
+const log = (line: string) => void process.stdout.write(`${line}\n`)
+// The terminal may go away before the platform has stopped.
+process.stdout.on('error', () => {})
+
+let platform: Platform | undefined
+const stop = new AbortController()
+let askedAt = Number.POSITIVE_INFINITY
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
+  process.on(signal, () => {
+    if (signal === 'SIGINT' && performance.now() - askedAt > repeatedSignalMs) {
+      platform?.supervisor.kill()
+      process.exit(130)
+    }
+    if (stop.signal.aborted) return
+    askedAt = performance.now()
+    log('stopping (Ctrl-C again to stop at once)')
+    stop.abort()
+  })
+}
+
+try {
+  const config = platformConfig(process.env)
+  await ensureBubblewrap(log)
+  platform = await startPlatform(config, { log, signal: stop.signal })
+  const workload = { code: 'export default ({ name }) => `hello, ${name}`', input: { name: 'vulcan' } }
+  log(`
+vulcan is ready
+  http  ${platform.url}
+  nats  ${platform.natsUrl}
+  data  ${platform.dataDir}
+
+  curl -s ${platform.url}/v1/workloads -H 'content-type: application/json' -d '${JSON.stringify(workload)}'
+`)
+  if (!stop.signal.aborted) {
+    await new Promise((resolve) => stop.signal.addEventListener('abort', resolve, { once: true }))
+  }
+  await platform.stop()
+  log('stopped')
+} catch (error) {
+  const expected = error instanceof StartError || error instanceof NotReadyError
+  if (!stop.signal.aborted) {
+    console.error(expected ? `vulcan: ${error.message}` : error)
+    process.exitCode = 1
+  }
+}

@@ -1,0 +1,62 @@
+/** What runners say of themselves: heartbeats while they live, and the last known capabilities of each isolation. */
+import { z } from 'zod'
+import { Isolation, Runtime } from './workload.ts'
+
+/** Milliseconds between two heartbeats of a runner. */
+export const heartbeatMs = 3_000
+/** A runner not heard of for this long (ms) is taken for lost. */
+export const lostAfterMs = 15_000
+
+export const Capabilities = z
+  .object({
+    runtimes: z.array(Runtime),
+    egress: z.array(z.enum(['none', 'all', 'allowlist'])),
+    /** Outer walls in force, such as `bubblewrap`, `node-permissions`. */
+    walls: z.array(z.string()),
+    /** Walls that are wanted but not in force, each with what would bring it. */
+    missing: z.array(z.object({ wall: z.string(), fix: z.string() })),
+    /** Version of the engine, such as V8’s. */
+    version: z.string(),
+  })
+  .meta({ id: 'Capabilities' })
+export type Capabilities = z.infer<typeof Capabilities>
+
+export const Heartbeat = z.object({
+  runner: z.string(),
+  isolation: Isolation,
+  available: z.boolean(),
+  /** Why it is unavailable and what would make it available; null where it is. */
+  reason: z.string().nullable(),
+  fix: z.string().nullable(),
+  capabilities: Capabilities.nullable(),
+  slots: z.int().nonnegative(),
+  active: z.int().nonnegative(),
+  host: z.string(),
+  pid: z.int(),
+  started_at: z.iso.datetime(),
+  /** False in its last heartbeat: it is going away and takes no more work. */
+  leaving: z.boolean(),
+})
+export type Heartbeat = z.infer<typeof Heartbeat>
+
+/** A runner as `/v1/backends` lists it. */
+export const RunnerStatus = Heartbeat.pick({
+  runner: true,
+  slots: true,
+  active: true,
+  host: true,
+  pid: true,
+  started_at: true,
+}).extend({ last_seen: z.iso.datetime() })
+
+export const Backend = z
+  .object({
+    isolation: Isolation,
+    available: z.boolean(),
+    reason: z.string().nullable(),
+    fix: z.string().nullable(),
+    capabilities: Capabilities.nullable(),
+    runners: z.array(RunnerStatus),
+  })
+  .meta({ id: 'Backend' })
+export type Backend = z.infer<typeof Backend>

@@ -1,0 +1,266 @@
+/**
+ * The one door to NATS: a connection that mends itself, publishing under the referee, and reading back.
+ * Nothing outside `shared/bus.ts`, `shared/blobs.ts` and `shared/queue.ts` talks to the NATS client.
+ */
+import { setTimeout } from 'node:timers/promises'
+import {
+  type JetStreamClient,
+  JetStreamApiError,
+  type JetStreamManager,
+  jetstream,
+  jetstreamManager,
+} from '@nats-io/jetstream'
+import { Kvm, type KV } from '@nats-io/kv'
+import { connect, headers, type Msg, type MsgHdrs, type NatsConnection, type Subscription } from '@nats-io/transport-node'
+import { BusUnavailable, StreamFull } from './errors.ts'
+import { type AnyEvent, LifecycleEvent } from './events.ts'
+import { lifecycleSubjects } from './subjects.ts'
+import { BACKENDS, EVENTS } from './topology.ts'
+import type { WorkloadId } from './workload.ts'
+
+/** Header that names the gateway waiting for the end; it travels with the queued message. */
+export const replyHeader = 'Vulcan-Reply-To'
+/** Set by the server on sourced messages: `<stream> <sequence> …`. */
+const sourceHeader = 'Nats-Stream-Source'
+const contentType = 'application/cloudevents+json'
+
+/** Milliseconds to wait for a stream’s acknowledgement before the outcome counts as unknown. */
+const ackTimeoutMs = 5_000
+
+/** `10071` and `10164`: the expected last sequence was not the last. */
+const wrongLastSequence = new Set([10071, 10164])
+/** `10077` maximum bytes, `10047` and `10023` insufficient storage or resources. */
+const noRoom = new Set([10077, 10047, 10023])
+
+export type Published =
+  | { stored: true; seq: number }
+  /** Somebody else was first; read back what stands. */
+  | { stored: false }
+
+export interface StoredEvent {
+  event: LifecycleEvent
+  /** Sequence in the event stream. */
+  seq: number
+}
+
+export interface BusOptions {
+  /** One URL or several, separated by commas. */
+  url: string
+  /** Shown in the server’s connection list. */
+  name: string
+}
+
+export class Bus implements AsyncDisposable {
+  readonly nc: NatsConnection
+  readonly js: JetStreamClient
+  readonly jsm: JetStreamManager
+  /** False from the moment the connection is lost until it is mended. */
+  connected = true
+  /** When the connection was lost, ms since the epoch; undefined while connected. */
+  disconnectedAt: number | undefined
+  readonly #listeners = new Set<(connected: boolean) => void>()
+
+  private constructor(nc: NatsConnection, jsm: JetStreamManager) {
+    this.nc = nc
+    this.js = jetstream(nc)
+    this.jsm = jsm
+    void this.#watch()
+  }
+
+  /**
+   * Connects, waiting as long as it takes for a server, and reconnects for ever after.
+   * `signal` gives the first wait up.
+   */
+  static async connect({ url, name }: BusOptions, signal?: AbortSignal): Promise<Bus> {
+    for (;;) {
+      signal?.throwIfAborted()
+      try {
+        const nc = await connect({
+          servers: url.split(','),
+          name,
+          maxReconnectAttempts: -1,
+          reconnectTimeWait: 200,
+          reconnectJitter: 100,
+          pingInterval: 5_000,
+          maxPingOut: 2,
+          timeout: 2_000,
+          ignoreAuthErrorAbort: true,
+        })
+        try {
+          return new Bus(nc, await jetstreamManager(nc))
+        } catch (error) {
+          await nc.close()
+          throw error
+        }
+      } catch {
+        await setTimeout(250)
+      }
+    }
+  }
+
+  async #watch(): Promise<void> {
+    for await (const status of this.nc.status()) {
+      if (status.type === 'disconnect' || status.type === 'reconnect') {
+        this.connected = status.type === 'reconnect'
+        this.disconnectedAt = this.connected ? undefined : (this.disconnectedAt ?? Date.now())
+        for (const listener of this.#listeners) listener(this.connected)
+      }
+    }
+  }
+
+  /** Calls back on every loss (`false`) and return (`true`) of the connection; returns how to stop that. */
+  onConnection(listener: (connected: boolean) => void): () => void {
+    this.#listeners.add(listener)
+    return () => this.#listeners.delete(listener)
+  }
+
+  /** Resolves when connected, at once if that is now. */
+  whenConnected(signal?: AbortSignal): Promise<void> {
+    if (this.connected) return Promise.resolve()
+    return new Promise((resolve, reject) => {
+      const settle = (then: () => void) => {
+        stop()
+        signal?.removeEventListener('abort', aborted)
+        then()
+      }
+      const stop = this.onConnection((connected) => connected && settle(resolve))
+      const aborted = () => settle(() => reject(signal?.reason))
+      signal?.addEventListener('abort', aborted)
+    })
+  }
+
+  async #request(subject: string, payload: string | Uint8Array, hdrs: MsgHdrs): Promise<number> {
+    let reply: Msg
+    try {
+      reply = await this.nc.request(subject, payload, { headers: hdrs, timeout: ackTimeoutMs })
+    } catch (cause) {
+      throw new BusUnavailable(`no acknowledgement for ${subject}`, { cause })
+    }
+    const ack = reply.json<{ seq?: number; error?: { code: number; err_code: number; description: string } }>()
+    if (ack.error !== undefined) {
+      if (noRoom.has(ack.error.err_code)) throw new StreamFull(ack.error.description)
+      if (ack.error.code === 503) throw new BusUnavailable(ack.error.description)
+      throw new JetStreamApiError(ack.error)
+    }
+    return ack.seq!
+  }
+
+  /**
+   * Publishes a lifecycle event if `expected` is still the last sequence on the workload’s subjects (0: none yet).
+   * Throws `BusUnavailable` when the outcome is unknown and `StreamFull` when there is no room.
+   */
+  async publishEvent(
+    subject: string,
+    event: AnyEvent,
+    expected: number,
+    options: { replyTo?: string | undefined } = {},
+  ): Promise<Published> {
+    const hdrs = headers()
+    hdrs.set('Nats-Expected-Last-Subject-Sequence', String(expected))
+    hdrs.set('Nats-Expected-Last-Subject-Sequence-Subject', lifecycleSubjects(event.subject))
+    hdrs.set('Content-Type', contentType)
+    if (event.traceparent !== undefined) hdrs.set('traceparent', event.traceparent)
+    if (options.replyTo !== undefined) hdrs.set(replyHeader, options.replyTo)
+    try {
+      return { stored: true, seq: await this.#request(subject, JSON.stringify(event), hdrs) }
+    } catch (error) {
+      if (error instanceof JetStreamApiError && wrongLastSequence.has(error.code)) return { stored: false }
+      throw error
+    }
+  }
+
+  /**
+   * Publishes a lifecycle event until it is known whether it stands: through lost acknowledgements, lost
+   * connections and full streams. `stored` is also true when an earlier try of the same event had got through.
+   * Rejects only when `signal` is aborted.
+   */
+  async settleEvent(
+    subject: string,
+    event: LifecycleEvent,
+    expected: number,
+    signal?: AbortSignal,
+  ): Promise<{ stored: true; seq: number } | { stored: false; last: StoredEvent | undefined }> {
+    for (;;) {
+      try {
+        const published = await this.publishEvent(subject, event, expected)
+        if (published.stored) return published
+        const last = await this.lastEvent(event.subject)
+        const ours = last?.event.id === event.id && last.event.source === event.source
+        return ours ? { stored: true, seq: last.seq } : { stored: false, last }
+      } catch (error) {
+        if (!(error instanceof BusUnavailable || error instanceof StreamFull)) throw error
+        signal?.throwIfAborted()
+        await this.whenConnected(signal)
+        await setTimeout(100)
+      }
+    }
+  }
+
+  /** Publishes what needs no referee (log batches, late results); a repeated `messageId` is stored once. */
+  async publishRecord(subject: string, event: AnyEvent, messageId: string): Promise<number> {
+    const hdrs = headers()
+    hdrs.set('Nats-Msg-Id', messageId)
+    hdrs.set('Content-Type', contentType)
+    return await this.#request(subject, JSON.stringify(event), hdrs)
+  }
+
+  /** The last stored lifecycle event of a workload, straight from the stream’s leader; undefined: none. */
+  lastEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
+    return this.#read({ last_by_subj: lifecycleSubjects(id) })
+  }
+
+  /** The `accepted` event of a workload; undefined: never accepted, or older than the stream keeps. */
+  acceptedEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
+    return this.#read({ last_by_subj: `vulcan.events.${id}.accepted.*.*` })
+  }
+
+  async #read(query: { last_by_subj: string }): Promise<StoredEvent | undefined> {
+    try {
+      const stored = await this.jsm.streams.getMessage(EVENTS, query)
+      return stored === null ? undefined : { event: LifecycleEvent.parse(stored.json()), seq: stored.seq }
+    } catch (cause) {
+      if (cause instanceof JetStreamApiError && cause.code === 10037) return undefined
+      throw new BusUnavailable('the event stream cannot be read', { cause })
+    }
+  }
+
+  /** Core publish: may be lost. While disconnected it is dropped rather than kept. */
+  send(subject: string, payload: string): void {
+    if (this.connected) this.nc.publish(subject, payload)
+  }
+
+  /** Core subscription; `handle` is called in order of arrival. */
+  listen(subject: string, handle: (message: Msg) => void): Subscription {
+    return this.nc.subscribe(subject, {
+      callback: (error, message) => {
+        if (error === null) handle(message)
+      },
+    })
+  }
+
+  /** One request with one answer; undefined when nobody answers within `timeoutMs`. */
+  async ask(subject: string, payload: string, timeoutMs: number): Promise<string | undefined> {
+    try {
+      return (await this.nc.request(subject, payload, { timeout: timeoutMs })).string()
+    } catch {
+      return undefined
+    }
+  }
+
+  /** What each isolation’s runners last said they can do; kept 15 minutes past the last word. */
+  async backends(replicas: number): Promise<KV> {
+    return await new Kvm(this.js).create(BACKENDS, { replicas, ttl: 15 * 60_000, history: 1 })
+  }
+
+  /** Waits until everything sent has reached the server, then closes. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (this.nc.isClosed()) return
+    if (this.connected) await this.nc.drain().catch(() => {})
+    else await this.nc.close()
+  }
+}
+
+/** Sequence in the event stream that a queued message was sourced from. */
+export function sourcedSequence(message: { headers?: MsgHdrs | undefined }): number {
+  return Number(message.headers?.get(sourceHeader).split(' ')[1] ?? Number.NaN)
+}

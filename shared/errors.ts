@@ -1,0 +1,93 @@
+/** Errors with a stable code. `problems` is the whole list a client can meet; each is RFC 9457 problem+json. */
+
+/** Code → HTTP status and title. */
+export const problems = {
+  malformed_json: [400, 'The body is not JSON'],
+  invalid_field: [422, 'A field is not acceptable'],
+  invalid_query: [400, 'A query parameter is not acceptable'],
+  invalid_header: [400, 'A header is not acceptable'],
+  unsupported_media_type: [415, 'The body must be application/json'],
+  payload_too_large: [413, 'The body is too large'],
+  isolation_unavailable: [422, 'No asked-for isolation is available'],
+  secret_not_found: [422, 'A named secret does not exist'],
+  blob_not_found: [404, 'There is no such blob'],
+  digest_mismatch: [422, 'The bytes do not have the given digest'],
+  workload_not_found: [404, 'There is no such workload'],
+  not_found: [404, 'There is no such route'],
+  method_not_allowed: [405, 'The route does not take this method'],
+  idempotency_conflict: [409, 'The idempotency key was used with another body'],
+  already_ended: [409, 'The workload has already ended'],
+  bus_unavailable: [503, 'The message bus cannot be reached'],
+  database_unavailable: [503, 'The database cannot be reached'],
+  storage_full: [503, 'The stream has no room'],
+  overloaded: [503, 'Too many large bodies at once'],
+  internal: [500, 'Something went wrong inside vulcan'],
+} as const satisfies Record<string, readonly [number, string]>
+
+export type ProblemCode = keyof typeof problems
+
+export interface ProblemDetails {
+  detail: string
+  /** Path of the bad field, such as `limits.timeout_s`. */
+  field?: string | undefined
+  errors?: { field: string; detail: string }[] | undefined
+  retryAfterS?: number | undefined
+  cause?: unknown
+}
+
+/** What a route throws; the gateway turns it into application/problem+json. */
+export class Problem extends Error {
+  readonly code: ProblemCode
+  readonly field: string | undefined
+  readonly errors: { field: string; detail: string }[] | undefined
+  /** Seconds after which trying again makes sense; undefined where it does not. */
+  readonly retryAfterS: number | undefined
+  constructor(code: ProblemCode, details: ProblemDetails) {
+    super(details.detail, { cause: details.cause })
+    this.name = 'Problem'
+    this.code = code
+    this.field = details.field
+    this.errors = details.errors
+    this.retryAfterS = details.retryAfterS
+  }
+  get status(): number {
+    return problems[this.code][0]
+  }
+  toJSON() {
+    return {
+      type: `urn:vulcan:problem:${this.code}`,
+      title: problems[this.code][1],
+      status: this.status,
+      code: this.code,
+      detail: this.message,
+      ...(this.field === undefined ? {} : { field: this.field }),
+      ...(this.errors === undefined ? {} : { errors: this.errors }),
+    }
+  }
+}
+
+/** The bus did not answer in time or is not connected: what was published may or may not have been stored. */
+export class BusUnavailable extends Error {
+  readonly retryable = true
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, options)
+    this.name = 'BusUnavailable'
+  }
+}
+
+/** A stream refused a message for want of room. */
+export class StreamFull extends Error {
+  readonly retryable = true
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, options)
+    this.name = 'StreamFull'
+  }
+}
+
+/** A field’s path as clients write it: `limits.timeout_s`, `isolation[1]`. */
+export const fieldPath = (path: readonly PropertyKey[]): string =>
+  path.reduce<string>(
+    (text, part) =>
+      typeof part === 'number' ? `${text}[${part}]` : text === '' ? String(part) : `${text}.${String(part)}`,
+    '',
+  )

@@ -1,0 +1,182 @@
+/**
+ * The public events: CloudEvents 1.0 in structured JSON mode (NATS protocol binding), one schema each.
+ * `vulcan.workload.<kind>` on `vulcan.events.<workload>.<kind>…`; consumers must ignore fields they do not know.
+ */
+import { z } from 'zod'
+import {
+  BlobRef,
+  Cause,
+  Isolation,
+  LogLine,
+  Receipt,
+  WorkloadError,
+  WorkloadId,
+  WorkloadSpec,
+} from './workload.ts'
+
+const Attempt = z.int().min(1)
+
+/**
+ * The whole accepted request. Where `code` and `input` are too large for a message they are left out of `spec`
+ * and stand, as JSON `{code?, input?}`, in the blob that `payload` names.
+ */
+export const Accepted = z.looseObject({
+  spec: WorkloadSpec.loose(),
+  payload: BlobRef.nullable(),
+  isolation: Isolation,
+  target: z.string(),
+  routing_reason: z.string(),
+  /** Digest of the request body; what an idempotency key is compared by. */
+  request_sha256: z.string(),
+  trace_id: z.string(),
+  /** The workload this one runs again. */
+  rerun_of: WorkloadId.nullable(),
+})
+export type Accepted = z.infer<typeof Accepted>
+
+export const Started = z.looseObject({ attempt: Attempt, runner: z.string() })
+export type Started = z.infer<typeof Started>
+
+/** Running goes back to pending: this attempt is over, the next starts not before `not_before`. */
+export const Retrying = z.looseObject({
+  attempt: Attempt,
+  runner: z.string(),
+  cause: Cause,
+  error: WorkloadError,
+  not_before: z.iso.datetime(),
+})
+export type Retrying = z.infer<typeof Retrying>
+
+/** How many log batches and lines an attempt published, and how many lines its limit dropped. */
+export const LogCount = z.looseObject({
+  last: z.int().nonnegative(),
+  lines: z.int().nonnegative(),
+  dropped: z.int().nonnegative(),
+})
+export type LogCount = z.infer<typeof LogCount>
+
+/** What every end carries. `attempt` is 0 and `runner` null where nothing ever ran. */
+export const End = z.looseObject({
+  attempt: z.int().nonnegative(),
+  runner: z.string().nullable(),
+  started_at: z.iso.datetime().nullable(),
+  duration_ms: z.number().nonnegative().nullable(),
+  cause: Cause.nullable(),
+  error: WorkloadError.nullable(),
+  output: z.unknown(),
+  /** The output as JSON, where it is too large for a message; `output` is null then. */
+  output_blob: BlobRef.nullable(),
+  exit_code: z.int().nullable(),
+  logs: LogCount.nullable(),
+  receipt: Receipt.nullable(),
+})
+export type End = z.infer<typeof End>
+
+export const Late = z.looseObject({
+  attempt: Attempt,
+  runner: z.string(),
+  status: z.enum(['completed', 'failed', 'killed', 'retrying']),
+  cause: Cause.nullable(),
+})
+export type Late = z.infer<typeof Late>
+
+/** Batch `n` (from 1) of the lines of one attempt, in order. */
+export const LogBatch = z.looseObject({
+  attempt: Attempt,
+  n: z.int().min(1),
+  lines: z.array(LogLine),
+  /** Lines that the workload’s log limit dropped before this batch’s end; set on the last batch only. */
+  dropped: z.int().nonnegative(),
+})
+export type LogBatch = z.infer<typeof LogBatch>
+
+const cloudEvent = <const K extends string, D extends z.ZodType>(kind: K, data: D) =>
+  z
+    .looseObject({
+      specversion: z.literal('1.0'),
+      /** Unique per source; the same for a repeated delivery. */
+      id: z.string().min(1),
+      source: z.string().min(1),
+      type: z.literal(`vulcan.workload.${kind}`),
+      /** The workload’s id. */
+      subject: WorkloadId,
+      time: z.iso.datetime(),
+      datacontenttype: z.literal('application/json'),
+      traceparent: z.string().optional(),
+      data,
+    })
+    .meta({ title: `vulcan.workload.${kind}` })
+
+/** Schema of each event by kind, as served under `/v1/schemas/events/<kind>`. */
+export const eventSchemas = {
+  accepted: cloudEvent('accepted', Accepted),
+  started: cloudEvent('started', Started),
+  retrying: cloudEvent('retrying', Retrying),
+  completed: cloudEvent('completed', End),
+  failed: cloudEvent('failed', End),
+  killed: cloudEvent('killed', End),
+  late: cloudEvent('late', Late),
+  log: cloudEvent('log', LogBatch),
+} as const
+
+export type EventKind = 'accepted' | 'started' | 'retrying' | 'completed' | 'failed' | 'killed' | 'late'
+export type EndKind = 'completed' | 'failed' | 'killed'
+
+export const LifecycleEvent = z.discriminatedUnion('type', [
+  eventSchemas.accepted,
+  eventSchemas.started,
+  eventSchemas.retrying,
+  eventSchemas.completed,
+  eventSchemas.failed,
+  eventSchemas.killed,
+])
+export type LifecycleEvent = z.infer<typeof LifecycleEvent>
+export type AcceptedEvent = z.infer<typeof eventSchemas.accepted>
+export type EndEvent = z.infer<typeof eventSchemas.completed | typeof eventSchemas.failed | typeof eventSchemas.killed>
+export type LogEvent = z.infer<typeof eventSchemas.log>
+export type AnyEvent = LifecycleEvent | z.infer<typeof eventSchemas.late> | LogEvent
+
+export interface Origin {
+  /** `/vulcan/<kind>/<process id>`: who published. */
+  source: string
+  traceparent?: string | undefined
+}
+
+type KindOf<E> = E extends { type: `vulcan.workload.${infer K}` } ? K : never
+type DataOf<K> = Extract<AnyEvent, { type: `vulcan.workload.${K & string}` }>['data']
+
+/**
+ * Wraps data as a CloudEvent. The id is made of workload, kind and attempt: a process that publishes the same
+ * step twice publishes the same id.
+ */
+export function makeEvent<K extends KindOf<AnyEvent>>(
+  kind: K,
+  workload: WorkloadId,
+  step: number | string,
+  data: DataOf<K>,
+  origin: Origin,
+  time: string = new Date().toISOString(),
+): Extract<AnyEvent, { type: `vulcan.workload.${K}` }> {
+  return {
+    specversion: '1.0',
+    id: `${workload}.${kind}.${step}`,
+    source: origin.source,
+    type: `vulcan.workload.${kind}`,
+    subject: workload,
+    time,
+    datacontenttype: 'application/json',
+    ...(origin.traceparent === undefined ? {} : { traceparent: origin.traceparent }),
+    data,
+  } as unknown as Extract<AnyEvent, { type: `vulcan.workload.${K}` }>
+}
+
+export const isEnd = (event: LifecycleEvent): event is EndEvent =>
+  event.type === 'vulcan.workload.completed' ||
+  event.type === 'vulcan.workload.failed' ||
+  event.type === 'vulcan.workload.killed'
+
+/** The JSON Schemas (draft 2020-12) of the public events, by kind. */
+export const eventJsonSchemas = (): Record<string, unknown> =>
+  Object.fromEntries(
+    Object.entries(eventSchemas).map(([kind, schema]) => [kind, z.toJSONSchema(schema, { io: 'output' })]),
+  )

@@ -1,0 +1,20 @@
+/** W3C trace context (https://www.w3.org/TR/trace-context/): one trace from HTTP through the bus to the sandbox. */
+import { randomBytes } from 'node:crypto'
+
+export interface TraceContext {
+  /** 32 hex digits. */
+  traceId: string
+  /** The header to send on. */
+  traceparent: string
+}
+
+const pattern = /^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?$/
+
+/** Continues the caller’s trace where the header is valid, else begins one. */
+export function continueTrace(header: string | undefined): TraceContext {
+  const match = header === undefined ? null : pattern.exec(header)
+  const [, caller, parent, flags] = match ?? []
+  const valid = caller !== undefined && !/^0+$/.test(caller) && !/^0+$/.test(parent!)
+  const traceId = valid ? caller : randomBytes(16).toString('hex')
+  return { traceId, traceparent: `00-${traceId}-${randomBytes(8).toString('hex')}-${valid ? flags : '00'}` }
+}
