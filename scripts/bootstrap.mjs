@@ -9,7 +9,7 @@
  */
 import { spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import { readFileSync, readlinkSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
+import { readFileSync, readlinkSync, renameSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { constants } from 'node:os'
 import { delimiter, dirname, join, sep } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -44,7 +44,10 @@ function alive(pid) {
   }
 }
 
-const wanted = () => createHash('sha256').update(readFileSync(join(root, 'package-lock.json'))).digest('hex')
+const wanted = () =>
+  createHash('sha256')
+    .update(readFileSync(join(root, 'package-lock.json')))
+    .digest('hex')
 const installed = () => read(stamp) === wanted()
 
 /** Runs a command to its end and forwards the signals that come meanwhile. Resolves with an exit code. */
@@ -79,7 +82,7 @@ async function takeLock() {
       continue
     }
     if (!alive(holder)) {
-      rmSync(lock, { force: true })
+      discardLock(holder)
       continue
     }
     if (Date.now() > deadline) {
@@ -90,6 +93,19 @@ async function takeLock() {
     if (!told) say(`waiting for process ${holder}, which is installing dependencies`)
     told = true
     await sleep(200)
+  }
+}
+
+/** Removes a dead process's lock, but not one that somebody took since it was read. */
+function discardLock(holder) {
+  const aside = `${lock}.${process.pid}`
+  try {
+    renameSync(lock, aside)
+    const moved = Number(readlinkSync(aside))
+    rmSync(aside)
+    if (moved !== holder) symlinkSync(String(moved), lock)
+  } catch {
+    // Another process was faster: the next look shows what is there now.
   }
 }
 
@@ -112,7 +128,9 @@ async function install() {
         env: { ...process.env, PATH: outside },
       })
     } catch (error) {
-      throw new BootstrapError(`npm could not be started (${error.message}). Install Node 20 or newer with npm.`)
+      throw new BootstrapError(
+        `npm could not be started (${error.message}). Install Node 20 or newer with npm.`,
+      )
     }
     if (code > 128) process.exit(code)
     if (code !== 0) {

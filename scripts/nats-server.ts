@@ -1,5 +1,6 @@
 import { execFile } from 'node:child_process'
-import { copyFile, glob, mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { globSync } from 'node:fs'
+import { copyFile, mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { delimiter, isAbsolute, join } from 'node:path'
@@ -127,11 +128,11 @@ async function downloadFrom(mirror: string, suite: string, target: string): Prom
     )
   await apt('update')
   await apt('download', 'nats-server')
-  const [archive] = await Array.fromAsync(glob('*.deb', { cwd: work }))
+  const [archive] = globSync('*.deb', { cwd: work })
   if (!archive) throw new Error('apt-get downloaded no package')
   await execute('dpkg', ['-x', archive, 'root'], { cwd: work, timeout: 30_000 })
 
-  const [binary] = await Array.fromAsync(glob('root/usr/{s,}bin/nats-server', { cwd: work }))
+  const [binary] = globSync('root/usr/{s,}bin/nats-server', { cwd: work })
   const version = binary && (await versionOf(join(work, binary)))
   if (!version || !isAtLeast(version, MINIMUM_VERSION)) throw new Error(`has version ${version ?? 'unknown'}`)
 
@@ -145,7 +146,7 @@ async function downloadFrom(mirror: string, suite: string, target: string): Prom
 async function configuredMirrors(): Promise<string[]> {
   const files = ['sources.list', 'sources.list.d/*.list', 'sources.list.d/*.sources']
   const mirrors: string[] = []
-  for await (const file of glob(files, { cwd: '/etc/apt' })) {
+  for (const file of globSync(files, { cwd: '/etc/apt' })) {
     const text = await readFile(join('/etc/apt', file), 'utf8').catch(() => '')
     mirrors.push(...debianMirrors(text))
   }
@@ -199,11 +200,16 @@ export function natsCommand(binary: string, settings: NatsSettings) {
  *
  * @throws the signal's reason when it aborts first
  */
-export async function natsAnswers(host: string, port: number, name: string, signal: AbortSignal): Promise<void> {
+export async function natsAnswers(
+  host: string,
+  port: number,
+  name: string,
+  signal: AbortSignal,
+): Promise<void> {
   for (;;) {
     signal.throwIfAborted()
     if ((await greeting(host, port))?.server_name === name) return
-    await sleep(5, undefined, { signal })
+    await sleep(5)
   }
 }
 

@@ -1,10 +1,10 @@
 import { createHash } from 'node:crypto'
 import { mkdirSync, readFileSync, realpathSync } from 'node:fs'
-import { homedir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { pathToFileURL } from 'node:url'
 import { z } from 'zod'
+import { cacheDirectory } from './cache-directory.ts'
 import { LockedError, lockDirectory } from './lock.ts'
 import { findNatsServer, natsAnswers, natsCommand } from './nats-server.ts'
 import { nextFreePort, tryPort } from './ports.ts'
@@ -17,7 +17,6 @@ const Environment = z.object({
   VULCAN_HOST: z.string().default('127.0.0.1'),
   VULCAN_PORT: port.default(8080),
   VULCAN_DATA_DIR: z.string().default('.vulcan'),
-  VULCAN_CACHE_DIR: z.string().optional(),
   VULCAN_NATS_HOST: z.string().default('127.0.0.1'),
   VULCAN_NATS_PORT: port.default(4222),
   NATS_URL: z.string().optional(),
@@ -47,11 +46,6 @@ export class StartError extends Error {
   override name = 'StartError'
 }
 
-/** `VULCAN_CACHE_DIR`, else the user's cache directory. */
-export function defaultCacheDir(env: NodeJS.ProcessEnv): string {
-  return resolve(env.VULCAN_CACHE_DIR || join(env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'vulcan'))
-}
-
 /** An operator's shell may hold tokens; processes that start other people's code get only what they can need. */
 const inherited =
   /^(VULCAN_.+|OTEL_.+|NODE_.+|PATH|HOME|USER|LANG|LC_.+|TZ|TMPDIR|XDG_.+|SSL_CERT_.+|(HTTPS?|NO)_PROXY)$/i
@@ -71,7 +65,7 @@ export function platformConfig(env: NodeJS.ProcessEnv): PlatformConfig {
     host: values.VULCAN_HOST,
     port: values.VULCAN_PORT,
     dataDir,
-    cacheDir: defaultCacheDir(set),
+    cacheDir: cacheDirectory(set),
     natsHost: values.VULCAN_NATS_HOST,
     natsPort: values.VULCAN_NATS_PORT,
     natsUrl: values.NATS_URL,
@@ -154,9 +148,15 @@ export async function startPlatform(config: PlatformConfig, options: PlatformOpt
     ...(ready && { ready }),
   })
   // Stopped in reverse: nothing new is accepted, then nothing new is run, then what happened is recorded.
-  await supervisor.start(node('dispatcher', (over) => answersOk(`${dispatcherUrl}/healthz`, over)), signal)
+  await supervisor.start(
+    node('dispatcher', (over) => answersOk(`${dispatcherUrl}/healthz`, over)),
+    signal,
+  )
   await supervisor.start(node('runner'), signal)
-  await supervisor.start(node('gateway', (over) => answersOk(`${url}/healthz`, over)), signal)
+  await supervisor.start(
+    node('gateway', (over) => answersOk(`${url}/healthz`, over)),
+    signal,
+  )
   await allReady(url, supervisor, readyTimeoutMs, signal)
 
   const resources = scope.move()
@@ -170,8 +170,11 @@ function lock(dataDir: string): Disposable {
     return lockDirectory(dataDir)
   } catch (cause) {
     if (!(cause instanceof LockedError)) throw cause
-    const advice = 'Stop that one, or set VULCAN_DATA_DIR to another directory (and VULCAN_PORT to another port).'
-    throw new StartError(`a platform is running on this data directory: ${cause.message}. ${advice}`, { cause })
+    const advice =
+      'Stop that one, or set VULCAN_DATA_DIR to another directory (and VULCAN_PORT to another port).'
+    throw new StartError(`a platform is running on this data directory: ${cause.message}. ${advice}`, {
+      cause,
+    })
   }
 }
 
@@ -188,7 +191,8 @@ async function endOrphans(pidsFile: string, dataDir: string, log: PlatformOption
     log(`ending ${name} (process ${pid}), left over from an earlier start`)
     send(pid, 'SIGTERM')
     if (!(await gone(pid, 5_000))) send(-pid, 'SIGKILL')
-    if (!(await gone(pid, 5_000))) throw new StartError(`${name} (process ${pid}) uses ${dataDir} and does not end`)
+    if (!(await gone(pid, 5_000)))
+      throw new StartError(`${name} (process ${pid}) uses ${dataDir} and does not end`)
   }
 }
 
@@ -197,8 +201,11 @@ async function gatewayPort({ host, port }: PlatformConfig): Promise<number> {
     return await tryPort(host, port)
   } catch (cause) {
     const { code } = cause as NodeJS.ErrnoException
-    const why = code === 'EADDRINUSE' ? `${host}:${port} is in use` : `cannot listen on ${host}:${port} (${code})`
-    throw new StartError(`${why}. Set VULCAN_PORT to a free port (or VULCAN_HOST to another address).`, { cause })
+    const why =
+      code === 'EADDRINUSE' ? `${host}:${port} is in use` : `cannot listen on ${host}:${port} (${code})`
+    throw new StartError(`${why}. Set VULCAN_PORT to a free port (or VULCAN_HOST to another address).`, {
+      cause,
+    })
   }
 }
 

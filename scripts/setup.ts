@@ -1,7 +1,7 @@
 import { execFile } from 'node:child_process'
 import { promisify } from 'node:util'
+import { cacheDirectory } from './cache-directory.ts'
 import { findNatsServer } from './nats-server.ts'
-import { defaultCacheDir } from './platform.ts'
 
 const execute = promisify(execFile)
 type Log = (line: string) => void
@@ -52,7 +52,7 @@ const aptGet = (args: string[]) =>
 
 /** What `npm run setup -- <name>` prepares. */
 const setups: Record<string, (log: Log) => Promise<unknown>> = {
-  base: (log) => ensureHostTools({ cacheDir: defaultCacheDir(process.env), log }),
+  base: (log) => ensureHostTools({ cacheDir: cacheDirectory(process.env), log }),
   gvisor: notYet('gvisor'),
   docker: notYet('docker'),
   microvm: notYet('microvm'),

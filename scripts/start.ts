@@ -29,6 +29,7 @@ try {
   const config = platformConfig(process.env)
   await ensureBubblewrap(log)
   platform = await startPlatform(config, { log, signal: stop.signal })
+  // biome-ignore lint/suspicious/noTemplateCurlyInString: it is the code of a workload
   const workload = { code: 'export default ({ name }) => `hello, ${name}`', input: { name: 'vulcan' } }
   log(`
 vulcan is ready

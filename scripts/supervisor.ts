@@ -158,7 +158,9 @@ export class Supervisor implements AsyncDisposable {
         return
       }
       if (lived >= resetMs) delay = minMs
-      this.#options.log(`${spec.name} ${how} after ${(lived / 1000).toFixed(1)} s; starting it again in ${delay} ms`)
+      this.#options.log(
+        `${spec.name} ${how} after ${(lived / 1000).toFixed(1)} s; starting it again in ${delay} ms`,
+      )
       await sleep(delay, undefined, { signal: stopping.signal }).catch(() => {})
       delay = Math.min(delay * 2, maxMs)
     }
@@ -210,7 +212,10 @@ export class Supervisor implements AsyncDisposable {
     const { pidsFile } = this.#options
     if (!pidsFile) return
     const running = this.#entries.filter((entry) => entry.child?.pid)
-    if (running.length === 0) return rmSync(pidsFile, { force: true })
+    if (running.length === 0) {
+      rmSync(pidsFile, { force: true })
+      return
+    }
     const pids = Object.fromEntries(running.map((entry) => [entry.spec.name, entry.child!.pid]))
     writeFileSync(`${pidsFile}.new`, `${JSON.stringify(pids)}\n`)
     renameSync(`${pidsFile}.new`, pidsFile)

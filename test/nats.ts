@@ -3,13 +3,13 @@ import { once } from 'node:events'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { cacheDirectory } from '../scripts/cache-directory.ts'
 import { findNatsServer, natsAnswers, natsCommand } from '../scripts/nats-server.ts'
-import { defaultCacheDir } from '../scripts/platform.ts'
 import { tryPort } from '../scripts/ports.ts'
 
 const host = '127.0.0.1'
 let found: Promise<string> | undefined
-const binary = () => (found ??= findNatsServer({ cacheDir: defaultCacheDir(process.env), log: console.error }))
+const binary = () => (found ??= findNatsServer({ cacheDir: cacheDirectory(process.env), log: console.error }))
 
 export type TestNats = AsyncDisposable & {
   url: string

@@ -1,0 +1,70 @@
+/** The gateway’s HTTP surface, put together. */
+import type { HttpBindings } from '@hono/node-server'
+import { Hono } from 'hono'
+import type { ContentfulStatusCode } from 'hono/utils/http-status'
+import { Problem } from '../shared/errors.ts'
+import { eventJsonSchemas } from '../shared/events.ts'
+import type { Logger } from '../shared/process.ts'
+import { openApiDocument } from './openapi.ts'
+import { type WorkloadRoutes, workloadRoutes } from './workloads.ts'
+
+export interface AppOptions extends WorkloadRoutes {
+  log: Logger
+}
+
+export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }> {
+  const { bus, roster, reads, log } = options
+  const app = new Hono<{ Bindings: HttpBindings }>()
+
+  app.onError((error, c) => {
+    const problem =
+      error instanceof Problem
+        ? error
+        : new Problem('internal', { detail: 'the request failed inside vulcan; see the gateway’s log', cause: error })
+    if (problem.status >= 500 && problem.code === 'internal') log.error({ err: error, path: c.req.path }, 'request failed')
+    if (problem.retryAfterS !== undefined) c.header('Retry-After', String(problem.retryAfterS))
+    // What is left of a refused body is not read: the connection ends with this answer.
+    if (problem.code === 'payload_too_large' || problem.code === 'overloaded') c.header('Connection', 'close')
+    return c.body(JSON.stringify(problem), problem.status as ContentfulStatusCode, {
+      'Content-Type': 'application/problem+json',
+    })
+  })
+  app.notFound((c) => {
+    throw new Problem('not_found', { detail: `there is no ${c.req.method} ${c.req.path}; see /openapi.json` })
+  })
+
+  app.route('/v1/workloads', workloadRoutes(options))
+  app.get('/v1/stats', (c) => reads.forward(c))
+  app.get('/v1/backends', (c) => c.json({ backends: roster.backends() }))
+
+  const schemas = eventJsonSchemas()
+  app.get('/v1/schemas/events', (c) =>
+    c.json({ schemas: Object.keys(schemas).map((kind) => ({ kind, url: `/v1/schemas/events/${kind}` })) }),
+  )
+  app.get('/v1/schemas/events/:kind', (c) => {
+    const schema = schemas[c.req.param('kind')]
+    if (schema === undefined) throw new Problem('not_found', { detail: `there is no event ${c.req.param('kind')}` })
+    return c.body(JSON.stringify(schema), 200, { 'Content-Type': 'application/schema+json' })
+  })
+
+  let openapi: string | undefined
+  app.get('/openapi.json', (c) => {
+    openapi ??= JSON.stringify(openApiDocument())
+    return c.body(openapi, 200, { 'Content-Type': 'application/json' })
+  })
+
+  app.get('/healthz', (c) => c.json({ ok: true }))
+  app.get('/readyz', async (c) => {
+    const dispatcher = await reads.readiness()
+    const runners = roster.backends().reduce((sum, backend) => sum + backend.runners.length, 0)
+    const parts = {
+      bus: bus.connected ? 'ok' : 'the message bus cannot be reached',
+      database: dispatcher.ready ? 'ok' : dispatcher.reason,
+      runners: runners > 0 ? 'ok' : 'no runner is alive',
+    }
+    const ready = Object.values(parts).every((part) => part === 'ok')
+    if (!ready) c.header('Retry-After', '1')
+    return c.json({ ready, parts }, ready ? 200 : 503)
+  })
+  return app
+}

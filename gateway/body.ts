@@ -1,0 +1,56 @@
+/** Reading a request body within a limit, before anything is stored. */
+import type { Context } from 'hono'
+import { Problem } from '../shared/errors.ts'
+
+/** Bodies above this size (bytes) are counted against the process’s budget. */
+const largeBytes = 1_048_576
+/** Bytes of large bodies held at once; more is answered 503 rather than with an out-of-memory crash. */
+const budgetBytes = 512 * 1_048_576
+let held = 0
+
+const tooLarge = (limit: number) =>
+  new Problem('payload_too_large', { detail: `the body may have at most ${Math.floor(limit / 1_048_576)} MiB` })
+
+/**
+ * Reads the whole body and hands it to `use`; it counts against the budget until `use` settles.
+ * Throws `payload_too_large` as soon as the limit (bytes) is known to be passed.
+ */
+export async function withBody<T>(c: Context, limit: number, use: (body: Buffer) => Promise<T>): Promise<T> {
+  const declared = Number(c.req.header('content-length') ?? Number.NaN)
+  if (declared > limit) throw tooLarge(limit)
+  if (declared <= largeBytes) return await use(Buffer.from(await c.req.arrayBuffer()))
+
+  const reserved = Number.isNaN(declared) ? limit : declared
+  if (held + reserved > budgetBytes)
+    throw new Problem('overloaded', { detail: 'too many large bodies are being received', retryAfterS: 1 })
+  held += reserved
+  try {
+    const chunks: Uint8Array[] = []
+    let size = 0
+    for await (const chunk of c.req.raw.body ?? []) {
+      size += chunk.byteLength
+      if (size > limit) throw tooLarge(limit)
+      chunks.push(chunk)
+    }
+    return await use(Buffer.concat(chunks))
+  } finally {
+    held -= reserved
+  }
+}
+
+/** Refuses what is not declared as JSON: browsers send anything else across origins without asking. */
+export function requireJson(c: Context): void {
+  const type = c.req.header('content-type')
+  if (type === undefined || !/^application\/(?:[\w.+-]+\+)?json\b/i.test(type))
+    throw new Problem('unsupported_media_type', {
+      detail: `content-type must be application/json, not ${type ?? 'missing'}`,
+    })
+}
+
+export function parseJson(body: Buffer): unknown {
+  try {
+    return JSON.parse(body.toString('utf8'))
+  } catch (cause) {
+    throw new Problem('malformed_json', { detail: (cause as Error).message, cause })
+  }
+}

@@ -1,0 +1,69 @@
+/** Stopping a workload: a pending one never starts, a running one is ended by the runner that has it. */
+import { setTimeout as delay } from 'node:timers/promises'
+import type { Bus } from '../shared/bus.ts'
+import { Problem } from '../shared/errors.ts'
+import { type End, type EndEvent, makeEvent, type Origin } from '../shared/events.ts'
+import { standing } from '../shared/lifecycle.ts'
+import { controlSubject, eventSubject } from '../shared/subjects.ts'
+import type { WorkloadId } from '../shared/workload.ts'
+
+/** Milliseconds after which the client is told to ask again. */
+const patienceMs = 30_000
+const askMs = 500
+
+const killedBy = (id: WorkloadId, data: Pick<End, 'attempt' | 'runner' | 'started_at'>, origin: Origin) =>
+  makeEvent(
+    'killed',
+    id,
+    `${data.attempt}.kill`,
+    {
+      ...data,
+      duration_ms: data.started_at === null ? null : Math.max(0, Date.now() - Date.parse(data.started_at)),
+      cause: 'killed',
+      error: { message: 'killed on request', stack: null },
+      output: null,
+      output_blob: null,
+      exit_code: null,
+      logs: null,
+      receipt: null,
+    },
+    origin,
+  )
+
+/**
+ * Settles when the workload has ended, by this kill or otherwise; undefined when the stream knows no such workload.
+ * The referee decides every race: against the start, against completion, against another kill.
+ */
+export async function kill(
+  bus: Bus,
+  id: WorkloadId,
+  isLost: (runner: string) => boolean,
+  origin: Origin,
+): Promise<EndEvent | undefined> {
+  const deadline = Date.now() + patienceMs
+  /** The attempt whose runner has answered. */
+  let told: number | undefined
+  while (Date.now() < deadline) {
+    const last = await bus.lastEvent(id)
+    if (last === undefined) return undefined
+    const now = standing(last.event)
+    if (now.at === 'ended') return now.event
+    if (now.at === 'pending') {
+      const event = killedBy(id, { attempt: now.attempts, runner: null, started_at: null }, origin)
+      const stored = await bus.settleEvent(eventSubject(id, 'killed'), event, last.seq)
+      if (stored.stored) return event
+      continue
+    }
+    if (told !== now.attempts) {
+      const answer = await bus.ask(controlSubject(id), '{"action":"kill"}', askMs)
+      if (answer !== undefined) told = now.attempts
+    }
+    if (told !== now.attempts && isLost(now.runner)) {
+      // Its lease is over, so it no longer runs there; nobody else is left to say so.
+      const event = killedBy(id, { attempt: now.attempts, runner: now.runner, started_at: now.startedAt }, origin)
+      if ((await bus.settleEvent(eventSubject(id, 'killed'), event, last.seq)).stored) return event
+    }
+    await delay(told === now.attempts ? 10 : 100)
+  }
+  throw new Problem('bus_unavailable', { detail: 'the runner has not answered the kill yet', retryAfterS: 5 })
+}

@@ -1,0 +1,85 @@
+/** The gateway process: `node gateway/main.ts`. Stateless; start as many as you like on one bus. */
+import { setTimeout as delay } from 'node:timers/promises'
+import { serve } from '@hono/node-server'
+import { z } from 'zod'
+import { Blobs } from '../shared/blobs.ts'
+import { Bus } from '../shared/bus.ts'
+import { CommonConfig, readConfig } from '../shared/config.ts'
+import { newProcessId } from '../shared/ids.ts'
+import { makeLogger, stopSignal, untilAborted } from '../shared/process.ts'
+import { ensureTopology } from '../shared/topology.ts'
+import { gatewayApp } from './app.ts'
+import { readsFrom } from './reads.ts'
+import { openRoster } from './roster.ts'
+import { Waits } from './waits.ts'
+
+const GatewayConfig = CommonConfig.extend({
+  port: z.coerce.number().int().min(0).max(65_535).default(8080),
+  dispatcherUrl: z.url().default('http://127.0.0.1:8081'),
+  /** Largest request body, MiB. */
+  maxBodyMb: z.coerce.number().positive().max(1_024).default(64),
+  /** Longest wait of one request, seconds; then it is answered 202. */
+  maxWaitS: z.coerce.number().positive().max(86_400).default(3_600),
+})
+
+const config = readConfig(
+  GatewayConfig,
+  {
+    port: 'VULCAN_PORT',
+    dispatcherUrl: 'VULCAN_DISPATCHER_URL',
+    maxBodyMb: 'VULCAN_MAX_BODY_MB',
+    maxWaitS: 'VULCAN_MAX_WAIT_S',
+  },
+  process.env,
+)
+const gatewayId = newProcessId('gateway')
+const log = makeLogger('vulcan-gateway', config.logLevel)
+const stop = stopSignal()
+const { replicas } = config.topology
+
+await using bus = await Bus.connect({ url: config.natsUrl, name: gatewayId }, stop)
+const [blobs, roster] = await whenStreamsStand()
+const waits = new Waits(bus, gatewayId)
+const app = gatewayApp({
+  bus,
+  blobs,
+  roster,
+  gatewayId,
+  waits,
+  reads: readsFrom(config.dispatcherUrl),
+  maxBodyBytes: Math.floor(config.maxBodyMb * 1_048_576),
+  maxWaitS: config.maxWaitS,
+  log,
+})
+
+const server = serve({ fetch: app.fetch, hostname: config.host, port: config.port }, (address) =>
+  log.info({ address: address.address, port: address.port }, 'listening'),
+)
+server.on('error', (error) => {
+  log.fatal({ err: error }, 'cannot listen')
+  process.exit(1)
+})
+
+await untilAborted(stop)
+log.info({ waiting: waits.size }, 'stopping')
+await new Promise<void>((resolve) => {
+  server.close(() => resolve())
+  // Those who wait get a 202 with the way to their workload; streams are resumed elsewhere by Last-Event-ID.
+  waits.close()
+  setTimeout(() => 'closeAllConnections' in server && server.closeAllConnections(), 1_000).unref()
+})
+roster.close()
+
+/** Brings the streams to their shape, for as long as it takes a server to come up. */
+async function whenStreamsStand() {
+  for (;;) {
+    try {
+      await ensureTopology(bus.jsm, config.topology)
+      return [await Blobs.open(bus, replicas), await openRoster(bus, replicas)] as const
+    } catch (error) {
+      stop.throwIfAborted()
+      log.warn({ err: error }, 'waiting for the streams')
+      await delay(500)
+    }
+  }
+}

@@ -1,0 +1,90 @@
+/**
+ * Who can run what: live runners by their heartbeats, and each isolation’s last known capabilities from the KV
+ * bucket, so that work for an isolation whose runner is just being restarted is queued and not refused.
+ */
+import { type Backend, Heartbeat, lostAfterMs } from '../shared/backends.ts'
+import type { Bus } from '../shared/bus.ts'
+import { allRunners, rollCallSubject } from '../shared/subjects.ts'
+import { Isolation } from '../shared/workload.ts'
+
+const fixes: Record<Isolation, string> = {
+  isolate: 'start one with `node runners/main.ts isolate`',
+  gvisor: 'this version has no gvisor runner yet',
+  docker: 'this version has no docker runner yet',
+  microvm: 'this version has no microvm runner yet',
+}
+
+export interface Roster {
+  backend(isolation: Isolation): Backend
+  backends(): Backend[]
+  /** True when the runner has not been heard of for as long as a lost one is given. */
+  lost(runner: string): boolean
+  close(): void
+}
+
+export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
+  const live = new Map<string, { beat: Heartbeat; at: number }>()
+  const known = new Map<Isolation, Heartbeat>()
+  const since = Date.now()
+
+  const parse = (text: string): Heartbeat | undefined => {
+    try {
+      return Heartbeat.parse(JSON.parse(text))
+    } catch {
+      return undefined
+    }
+  }
+  const heartbeats = bus.listen(allRunners, (message) => {
+    const beat = parse(message.string())
+    if (beat === undefined) return
+    if (beat.leaving) live.delete(beat.runner)
+    else live.set(beat.runner, { beat, at: Date.now() })
+  })
+  const watch = await (await bus.backends(replicas)).watch()
+  void (async () => {
+    for await (const entry of watch) {
+      const isolation = Isolation.safeParse(entry.key)
+      if (!isolation.success) continue
+      const beat = entry.operation === 'PUT' ? parse(entry.string()) : undefined
+      if (beat === undefined) known.delete(isolation.data)
+      else known.set(isolation.data, beat)
+    }
+  })()
+  bus.send(rollCallSubject, '')
+  const timer = setInterval(() => {
+    for (const [runner, { at }] of live) if (Date.now() - at > lostAfterMs) live.delete(runner)
+  }, 1_000)
+
+  const backend = (isolation: Isolation): Backend => {
+    let best = known.get(isolation)
+    const runners = []
+    for (const { beat, at } of live.values()) {
+      if (beat.isolation !== isolation) continue
+      if (best === undefined || (beat.available && !best.available)) best = beat
+      if (!beat.available) continue
+      const { runner, slots, active, host, pid, started_at } = beat
+      runners.push({ runner, slots, active, host, pid, started_at, last_seen: new Date(at).toISOString() })
+    }
+    if (best === undefined)
+      return {
+        isolation,
+        available: false,
+        reason: `no ${isolation} runner has been seen`,
+        fix: fixes[isolation],
+        capabilities: null,
+        runners,
+      }
+    const { available, reason, fix, capabilities } = best
+    return { isolation, available, reason, fix, capabilities, runners }
+  }
+  return {
+    backend,
+    backends: () => Isolation.options.map(backend),
+    lost: (runner) => !live.has(runner) && Date.now() - since > lostAfterMs,
+    close() {
+      clearInterval(timer)
+      heartbeats.unsubscribe()
+      watch.stop()
+    },
+  }
+}

@@ -1,0 +1,91 @@
+/**
+ * Waiting for a workload’s end: the runner’s reply ends the wait, and once a second the recorded end is looked
+ * for as well, so that a lost reply costs a second and not the answer.
+ */
+import type { Bus } from '../shared/bus.ts'
+import { type EndEvent, isEnd } from '../shared/events.ts'
+import { allReplies, lastToken } from '../shared/subjects.ts'
+import type { WorkloadId } from '../shared/workload.ts'
+
+const lookAfterMs = 1_000
+/** Look-ups on their way at once; with more waits than that a round takes longer. */
+const lookups = 16
+
+export interface Wait {
+  /** The end; undefined when the wait was given up. Never rejects. */
+  readonly ended: Promise<EndEvent | undefined>
+  giveUp(): void
+}
+
+interface Waiting {
+  since: number
+  resolve(event: EndEvent | undefined): void
+}
+
+export class Waits {
+  readonly #waiting = new Map<WorkloadId, Set<Waiting>>()
+  readonly #bus: Bus
+  readonly #timer: NodeJS.Timeout
+  readonly #replies: { unsubscribe(): void }
+  #looking = false
+
+  constructor(bus: Bus, gatewayId: string) {
+    this.#bus = bus
+    this.#replies = bus.listen(allReplies(gatewayId), (message) => {
+      const id = lastToken(message.subject)
+      if (this.#waiting.has(id)) this.settle(id, JSON.parse(message.string()) as EndEvent)
+    })
+    this.#timer = setInterval(() => void this.#look(), lookAfterMs)
+  }
+
+  /** Begins to wait; to be called before the request is published. */
+  begin(id: WorkloadId): Wait {
+    const { promise, resolve } = Promise.withResolvers<EndEvent | undefined>()
+    const waiting: Waiting = { since: Date.now(), resolve }
+    const others = this.#waiting.get(id)
+    if (others === undefined) this.#waiting.set(id, new Set([waiting]))
+    else others.add(waiting)
+    const giveUp = () => {
+      const all = this.#waiting.get(id)
+      if (all?.delete(waiting) && all.size === 0) this.#waiting.delete(id)
+      resolve(undefined)
+    }
+    return { ended: promise, giveUp }
+  }
+
+  /** Ends every wait for a workload. */
+  settle(id: WorkloadId, event: EndEvent): void {
+    for (const waiting of this.#waiting.get(id) ?? []) waiting.resolve(event)
+    this.#waiting.delete(id)
+  }
+
+  async #look(): Promise<void> {
+    if (this.#looking || !this.#bus.connected) return
+    this.#looking = true
+    const now = Date.now()
+    const due = [...this.#waiting].filter(([, all]) => [...all].some(({ since }) => now - since >= lookAfterMs))
+    const queue = due.map(([id]) => id)
+    const worker = async () => {
+      for (let id = queue.pop(); id !== undefined; id = queue.pop()) {
+        const last = await this.#bus.lastEvent(id).catch(() => undefined)
+        if (last !== undefined && isEnd(last.event)) this.settle(id, last.event)
+      }
+    }
+    await Promise.all(Array.from({ length: lookups }, worker))
+    this.#looking = false
+  }
+
+  /** Number of workloads waited for. */
+  get size(): number {
+    return this.#waiting.size
+  }
+
+  close(): void {
+    clearInterval(this.#timer)
+    this.#replies.unsubscribe()
+    for (const [id, all] of this.#waiting) {
+      for (const waiting of all) waiting.resolve(undefined)
+      this.#waiting.delete(id)
+    }
+  }
+}

@@ -1,0 +1,148 @@
+import { spawnSync } from 'node:child_process'
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { dirname, join } from 'node:path'
+import { test } from 'uvu'
+import * as assert from 'uvu/assert'
+import { startTime } from '../../scripts/process-identity.ts'
+import { runTests } from '../../scripts/testing/run-tests.ts'
+
+const main = join(import.meta.dirname, '../../scripts/test.ts')
+const header = "import { suite, test } from 'uvu'\n"
+
+async function project(scope: AsyncDisposableStack, files: Record<string, string>): Promise<string> {
+  const root = await mkdtemp(join(tmpdir(), 'vulcan-test-'))
+  scope.defer(() => rm(root, { recursive: true, force: true }))
+  for (const [file, body] of Object.entries(files)) {
+    await mkdir(dirname(join(root, file)), { recursive: true })
+    await writeFile(join(root, file), header + body)
+  }
+  return root
+}
+
+/** Runs one test file with this body. */
+async function verdict(body: string, timeoutMs = 20_000) {
+  await using scope = new AsyncDisposableStack()
+  const root = await project(scope, { 'a.test.mjs': body })
+  const lines: string[] = []
+  const counts = await runTests({
+    root,
+    files: ['a.test.mjs'],
+    timeoutMs,
+    log: (line) => lines.push(line),
+  })
+  return { ...counts, text: lines.join('\n') }
+}
+
+test('passes, failures and skips with their reasons are counted', async () => {
+  const result = await verdict(`
+    test('good', () => {})
+    test('bad', () => { throw new Error('the reason') })
+    test.skip('later'); console.log('SKIP later: needs hardware')
+    test.run()`)
+  assert.equal([result.passed, result.failed, result.skipped], [1, 1, 1])
+  assert.match(result.text, 'bad: the reason')
+  assert.match(result.text, /^SKIP {2}a\.test\.mjs {2}later: needs hardware$/m)
+})
+
+test('a before hook that throws fails the tests it kept from running', async () => {
+  const result = await verdict(`
+    test.before(() => { throw new Error('no server') })
+    test('one', () => {}); test('two', () => {})
+    test.run()`)
+  assert.equal([result.passed, result.failed], [0, 2])
+})
+
+test('an after.each hook that throws does not hide the failed assertion', async () => {
+  const result = await verdict(`
+    test.after.each(() => { throw new Error('hook') })
+    test('one', () => { throw new Error('the assertion') })
+    test.run()`)
+  assert.equal([result.passed, result.failed], [0, 1])
+  assert.match(result.text, 'one: the assertion')
+})
+
+test('an open handle is a failure at the timeout, and is killed', async () => {
+  const result = await verdict(
+    `console.log('pid', process.pid); setInterval(() => {}, 1000); test('one', () => {}); test.run()`,
+    1_500,
+  )
+  assert.is(result.failed, 1)
+  assert.match(result.text, 'did not end within 1.5 s')
+  assert.is(startTime(Number(/pid (\d+)/.exec(result.text)![1])), undefined)
+})
+
+test('a file may set its own timeout', async () => {
+  const result = await verdict(
+    `// timeout: 1\nsetInterval(() => {}, 1000); test('one', () => {}); test.run()`,
+  )
+  assert.match(result.text, 'did not end within 1 s')
+})
+
+test('a process that a file leaves running is killed and is a failure', async () => {
+  const result = await verdict(`
+    import { spawn } from 'node:child_process'
+    test('one', () => {
+      const child = spawn('sleep', ['1000'], { detached: true, stdio: 'ignore' })
+      child.unref()
+      console.log('pid', child.pid)
+    })
+    test.run()`)
+  assert.equal([result.passed, result.failed], [1, 1])
+  assert.match(result.text, 'left processes behind: sleep 1000')
+  assert.is(startTime(Number(/pid (\d+)/.exec(result.text)![1])), undefined)
+})
+
+for (const [what, body, problem] of [
+  ['no tests', 'test.run()', 'registers no tests'],
+  ['no run()', "test('one', () => {})", 'uvu did not finish'],
+  ['a syntax error', 'test(', 'exited with code 1'],
+  [
+    'an exit with code 0 in the middle',
+    "test('one', () => process.exit(0)); test.run()",
+    'exited with code 1',
+  ],
+  [
+    'a test behind run()',
+    "test('one', () => {}); test.run(); test('two', () => {})",
+    '2 tests registered, 1 run',
+  ],
+  [
+    'a suite without run()',
+    "const a = suite('a'), b = suite('b'); a('one', () => {}); b('two', () => {}); a.run()",
+    '2 tests registered, 1 run',
+  ],
+  [
+    'an only',
+    "test.only('one', () => {}); test('two', () => {}); test.run()",
+    '1 tests skipped without a reason',
+  ],
+  ['a skip without a reason', "test('one', () => {}); test.skip('two'); test.run()", 'without a reason'],
+] as const) {
+  test(`a file with ${what} fails`, async () => {
+    const result = await verdict(body)
+    assert.ok(result.failed > 0)
+    assert.match(result.text, problem)
+  })
+}
+
+test('the command closes with the counts and exits with 1 when something failed', async () => {
+  await using scope = new AsyncDisposableStack()
+  const root = await project(scope, {
+    'test/good.test.ts': "test('one', () => {}); test.run()",
+    'test/deep/bad.test.ts': "test('two', () => { throw new Error('x') }); test.run()",
+    'test/long.soak.ts': "test('three', () => {}); test.run()",
+  })
+  const run = (...args: string[]) => {
+    const { status, stdout } = spawnSync(process.execPath, [main, ...args, '--in', root], {
+      encoding: 'utf8',
+    })
+    return [status, stdout.trimEnd().split('\n').at(-1)]
+  }
+  assert.equal(run(), [1, '1 passed, 1 failed, 0 skipped'])
+  assert.equal(run('good'), [0, '1 passed, 0 failed, 0 skipped'])
+  assert.equal(run('soak'), [0, '1 passed, 0 failed, 0 skipped'])
+  assert.equal(run('nothing-like-this'), [1, '0 passed, 1 failed, 0 skipped'])
+})
+
+test.run()
