@@ -83,10 +83,15 @@ export async function prepare(
   checkKey(headers.idempotencyKey)
   const spec = parseSpec(parsed)
   if (spec.secrets.length > 0)
-    throw new Problem('secret_not_found', { detail: `there is no secret ${spec.secrets[0]}`, field: 'secrets[0]' })
+    throw new Problem('secret_not_found', {
+      detail: `there is no secret ${spec.secrets[0]}`,
+      field: 'secrets[0]',
+    })
   const { isolation, reason } = route(spec, context.roster.backend)
   const id =
-    headers.idempotencyKey === undefined ? newWorkloadId() : derivedWorkloadId(namespace, headers.idempotencyKey)
+    headers.idempotencyKey === undefined
+      ? newWorkloadId()
+      : derivedWorkloadId(namespace, headers.idempotencyKey)
   const { code, input, ...rest } = spec
   let payload: BlobRef | null = null
   if (body.byteLength > inlineBytes && (code !== undefined || input !== undefined)) {
@@ -125,7 +130,11 @@ function stringify(value: unknown): string {
  * Publishes the `accepted` event: from here on the workload exists. `wanted`: this gateway waits for the end.
  * A refusal means that the idempotency key, or an earlier try of ours whose acknowledgement was lost, came first.
  */
-export async function admit(context: AdmissionContext, candidate: Candidate, wanted: boolean): Promise<Admitted> {
+export async function admit(
+  context: AdmissionContext,
+  candidate: Candidate,
+  wanted: boolean,
+): Promise<Admitted> {
   const { bus } = context
   const { id, event } = candidate
   const subject = acceptedSubject(id, event.data.isolation, event.data.target)
@@ -162,7 +171,11 @@ export async function admit(context: AdmissionContext, candidate: Candidate, wan
     if (error instanceof StreamFull)
       throw new Problem('storage_full', { detail: error.message, retryAfterS: 10, cause: error })
     if (error instanceof RangeError)
-      throw new Problem('invalid_field', { detail: 'input is nested too deeply', field: 'input', cause: error })
+      throw new Problem('invalid_field', {
+        detail: 'input is nested too deeply',
+        field: 'input',
+        cause: error,
+      })
     throw error
   }
 }

@@ -20,8 +20,12 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
     const problem =
       error instanceof Problem
         ? error
-        : new Problem('internal', { detail: 'the request failed inside vulcan; see the gateway’s log', cause: error })
-    if (problem.status >= 500 && problem.code === 'internal') log.error({ err: error, path: c.req.path }, 'request failed')
+        : new Problem('internal', {
+            detail: 'the request failed inside vulcan; see the gateway’s log',
+            cause: error,
+          })
+    if (problem.status >= 500 && problem.code === 'internal')
+      log.error({ err: error, path: c.req.path }, 'request failed')
     if (problem.retryAfterS !== undefined) c.header('Retry-After', String(problem.retryAfterS))
     // What is left of a refused body is not read: the connection ends with this answer.
     if (problem.code === 'payload_too_large' || problem.code === 'overloaded') c.header('Connection', 'close')
@@ -43,7 +47,8 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
   )
   app.get('/v1/schemas/events/:kind', (c) => {
     const schema = schemas[c.req.param('kind')]
-    if (schema === undefined) throw new Problem('not_found', { detail: `there is no event ${c.req.param('kind')}` })
+    if (schema === undefined)
+      throw new Problem('not_found', { detail: `there is no event ${c.req.param('kind')}` })
     return c.body(JSON.stringify(schema), 200, { 'Content-Type': 'application/schema+json' })
   })
 

@@ -9,7 +9,9 @@ const budgetBytes = 512 * 1_048_576
 let held = 0
 
 const tooLarge = (limit: number) =>
-  new Problem('payload_too_large', { detail: `the body may have at most ${Math.floor(limit / 1_048_576)} MiB` })
+  new Problem('payload_too_large', {
+    detail: `the body may have at most ${Math.floor(limit / 1_048_576)} MiB`,
+  })
 
 /**
  * Reads the whole body and hands it to `use`; it counts against the budget until `use` settles.

@@ -60,7 +60,11 @@ export async function kill(
     }
     if (told !== now.attempts && isLost(now.runner)) {
       // Its lease is over, so it no longer runs there; nobody else is left to say so.
-      const event = killedBy(id, { attempt: now.attempts, runner: now.runner, started_at: now.startedAt }, origin)
+      const event = killedBy(
+        id,
+        { attempt: now.attempts, runner: now.runner, started_at: now.startedAt },
+        origin,
+      )
       if ((await bus.settleEvent(eventSubject(id, 'killed'), event, last.seq)).stored) return event
     }
     await delay(told === now.attempts ? 10 : 100)

@@ -18,7 +18,10 @@ const ProblemBody = z
   .meta({ id: 'Problem', description: 'RFC 9457' })
 
 const json = (schema: z.ZodType) => ({ 'application/json': { schema } })
-const problem = (description: string) => ({ description, content: { 'application/problem+json': { schema: ProblemBody } } })
+const problem = (description: string) => ({
+  description,
+  content: { 'application/problem+json': { schema: ProblemBody } },
+})
 const answers = (description: string, schema: z.ZodType) => ({ description, content: json(schema) })
 
 const id = z.object({ id: WorkloadId })
@@ -48,7 +51,11 @@ const run = (summary: string, sync: boolean): ZodOpenApiOperationObject => ({
 const stop = (summary: string): ZodOpenApiOperationObject => ({
   summary,
   requestParams: { path: id },
-  responses: { '200': answers('The workload, ended', Workload), '404': problem('No such workload'), '503': unavailable },
+  responses: {
+    '200': answers('The workload, ended', Workload),
+    '404': problem('No such workload'),
+    '503': unavailable,
+  },
 })
 
 const paths: ZodOpenApiPathsObject = {
@@ -70,7 +77,10 @@ const paths: ZodOpenApiPathsObject = {
       responses: {
         '200': answers(
           'A page',
-          z.object({ workloads: z.array(Workload.omit({ output: true })), next_cursor: z.string().nullable() }),
+          z.object({
+            workloads: z.array(Workload.omit({ output: true })),
+            next_cursor: z.string().nullable(),
+          }),
         ),
         '400': problem('A bad parameter'),
         '503': unavailable,
@@ -82,7 +92,11 @@ const paths: ZodOpenApiPathsObject = {
     get: {
       summary: 'The workload now',
       requestParams: { path: id },
-      responses: { '200': answers('The workload', Workload), '404': problem('No such workload'), '503': unavailable },
+      responses: {
+        '200': answers('The workload', Workload),
+        '404': problem('No such workload'),
+        '503': unavailable,
+      },
     },
     delete: stop('Stop a workload'),
   },
@@ -145,11 +159,16 @@ const paths: ZodOpenApiPathsObject = {
       responses: { '200': answers('The schema', z.looseObject({})), '404': problem('No such event') },
     },
   },
-  '/healthz': { get: { summary: 'Liveness', responses: { '200': answers('Alive', z.object({ ok: z.boolean() })) } } },
+  '/healthz': {
+    get: { summary: 'Liveness', responses: { '200': answers('Alive', z.object({ ok: z.boolean() })) } },
+  },
   '/readyz': {
     get: {
       summary: 'Readiness, part by part',
-      responses: { '200': answers('Ready', z.looseObject({})), '503': answers('Not ready', z.looseObject({})) },
+      responses: {
+        '200': answers('Ready', z.looseObject({})),
+        '503': answers('Not ready', z.looseObject({})),
+      },
     },
   },
 }

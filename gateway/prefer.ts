@@ -13,14 +13,20 @@ export function parsePrefer(header: string | undefined): Preference {
   let waitS: number | undefined
   const applied: string[] = []
   for (const part of header.split(',')) {
-    const [name = '', value] = part.trim().toLowerCase().split(/\s*=\s*/)
+    const [name = '', value] = part
+      .trim()
+      .toLowerCase()
+      .split(/\s*=\s*/)
     if (name === 'respond-async') {
       waitS ??= 0
       applied.push('respond-async')
     } else if (name === 'wait') {
       const seconds = Number(value?.replaceAll('"', ''))
       if (!Number.isFinite(seconds) || seconds < 0 || value === '')
-        throw new Problem('invalid_header', { detail: 'Prefer: wait must be a number of seconds', field: 'Prefer' })
+        throw new Problem('invalid_header', {
+          detail: 'Prefer: wait must be a number of seconds',
+          field: 'Prefer',
+        })
       waitS = seconds
       applied.push(`wait=${seconds}`)
     }

@@ -19,9 +19,12 @@ export const runtimeOf = (spec: WorkloadSpec): Runtime | undefined =>
 function automatic(spec: WorkloadSpec): Route {
   const runtime = runtimeOf(spec)
   if (spec.image !== undefined) return { isolation: 'gvisor', reason: 'auto: an image runs under gvisor' }
-  if (spec.archive !== undefined) return { isolation: 'microvm', reason: 'auto: an archive runs in a microvm' }
-  if (runtime === 'javascript') return { isolation: 'isolate', reason: 'auto: JavaScript source runs in an isolate' }
-  if (runtime === 'typescript') return { isolation: 'isolate', reason: 'auto: TypeScript source runs in an isolate' }
+  if (spec.archive !== undefined)
+    return { isolation: 'microvm', reason: 'auto: an archive runs in a microvm' }
+  if (runtime === 'javascript')
+    return { isolation: 'isolate', reason: 'auto: JavaScript source runs in an isolate' }
+  if (runtime === 'typescript')
+    return { isolation: 'isolate', reason: 'auto: TypeScript source runs in an isolate' }
   return { isolation: 'microvm', reason: `auto: ${runtime} source runs in a microvm` }
 }
 
@@ -34,7 +37,8 @@ function obstacle(spec: WorkloadSpec, backend: Backend): string | undefined {
   if (runtime !== undefined && !can.runtimes.includes(runtime))
     return `${backend.isolation} runs ${can.runtimes.join(', ')}, not ${runtime}`
   const egress = Array.isArray(spec.network.egress) ? 'allowlist' : spec.network.egress
-  if (!can.egress.includes(egress)) return `${backend.isolation} offers egress ${can.egress.join(', ')}, not ${egress}`
+  if (!can.egress.includes(egress))
+    return `${backend.isolation} offers egress ${can.egress.join(', ')}, not ${egress}`
   return undefined
 }
 
@@ -49,7 +53,10 @@ export function route(spec: WorkloadSpec, backends: Backends): Route {
       ? [automatic(spec)]
       : typeof asked === 'string'
         ? [{ isolation: asked, reason: `requested: ${asked}` }]
-        : asked.map((isolation, i) => ({ isolation, reason: `preferred: ${isolation} is choice ${i + 1} of ${asked.length}` }))
+        : asked.map((isolation, i) => ({
+            isolation,
+            reason: `preferred: ${isolation} is choice ${i + 1} of ${asked.length}`,
+          }))
   const passed: string[] = []
   for (const candidate of candidates) {
     const reason = obstacle(spec, backends(candidate.isolation))

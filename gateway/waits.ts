@@ -63,7 +63,9 @@ export class Waits {
     if (this.#looking || !this.#bus.connected) return
     this.#looking = true
     const now = Date.now()
-    const due = [...this.#waiting].filter(([, all]) => [...all].some(({ since }) => now - since >= lookAfterMs))
+    const due = [...this.#waiting].filter(([, all]) =>
+      [...all].some(({ since }) => now - since >= lookAfterMs),
+    )
     const queue = due.map(([id]) => id)
     const worker = async () => {
       for (let id = queue.pop(); id !== undefined; id = queue.pop()) {

@@ -54,7 +54,9 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
   app.delete('/:id', stop)
 
   app.post('/:id/rerun', async (c) => {
-    const first = (await whenBusAnswers(() => bus.acceptedEvent(c.req.param('id'))))?.event as AcceptedEvent | undefined
+    const first = (await whenBusAnswers(() => bus.acceptedEvent(c.req.param('id'))))?.event as
+      | AcceptedEvent
+      | undefined
     const record = first === undefined ? await recordOf(c.req.param('id')) : undefined
     const trace = continueTrace(c.req.header('traceparent'))
     const id = newWorkloadId()
@@ -117,14 +119,21 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
       if (end !== undefined) return c.json(await answer(finish(record, end, admitted.seq + 1)))
       c.header('Location', `/v1/workloads/${id}`)
       if (!wanted && admitted.outcome === 'accepted') return c.json(toWorkload(record), 202)
-      return c.json((await reads.json<Workload>(`/v1/workloads/${id}`).catch(() => undefined)) ?? toWorkload(record), 202)
+      return c.json(
+        (await reads.json<Workload>(`/v1/workloads/${id}`).catch(() => undefined)) ?? toWorkload(record),
+        202,
+      )
     } finally {
       wait?.giveUp()
     }
   }
 
   /** The end, or undefined once the client’s patience or the client itself is gone. */
-  function patiently(c: C, wait: ReturnType<Waits['begin']>, waitS: number | undefined): Promise<EndEvent | undefined> {
+  function patiently(
+    c: C,
+    wait: ReturnType<Waits['begin']>,
+    waitS: number | undefined,
+  ): Promise<EndEvent | undefined> {
     const seconds = Math.min(waitS ?? routes.maxWaitS, routes.maxWaitS)
     const timer = setTimeout(wait.giveUp, seconds * 1_000)
     const { outgoing } = c.env

@@ -22,7 +22,7 @@ import { mayRetry, retryDelay, standing } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import type { WorkMessage } from '../shared/queue.ts'
 import { eventSubject, lateSubject, logSubject, replySubject } from '../shared/subjects.ts'
-import { type Cause, type Receipt, type Retry, WorkloadSpec } from '../shared/workload.ts'
+import type { Cause, Receipt, WorkloadSpec } from '../shared/workload.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
 import type { Job, Outcome, Prepared, Runner } from './runner.ts'
 
@@ -79,7 +79,8 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
         : await bus.lastEvent(message.workload)
     while (last !== undefined) last = await step(context, mine, parsed.data, last)
   } catch (error) {
-    if (!(error instanceof BusUnavailable)) log.error({ workload: message.workload, err: error }, 'attempt failed')
+    if (!(error instanceof BusUnavailable))
+      log.error({ workload: message.workload, err: error }, 'attempt failed')
     // Whatever went wrong here was ours: the message comes back, here or elsewhere.
     mine.message.later(1_000)
   } finally {
@@ -114,14 +115,21 @@ async function step(
     }
     case 'running': {
       const error = { message: `runner ${now.runner} was lost while it ran`, stack: null }
-      const retry = accepted.data.spec.retry as Retry
+      const retry = accepted.data.spec.retry
       const data = { attempt: now.attempts, runner: now.runner, cause: 'runner_lost' as const, error }
       return mayRetry(retry, 'runner_lost', now.attempts)
         ? await move(context, held, accepted, last.seq, 'retrying', {
             ...data,
             not_before: new Date(Date.now() + retryDelay(retry, now.attempts)).toISOString(),
           })
-        : await move(context, held, accepted, last.seq, 'failed', endOf({ ...data, started_at: now.startedAt }))
+        : await move(
+            context,
+            held,
+            accepted,
+            last.seq,
+            'failed',
+            endOf({ ...data, started_at: now.startedAt }),
+          )
     }
     default:
       throw new Error(`unhandled ${now satisfies never}`)
@@ -138,7 +146,7 @@ async function attempt(
 ): Promise<StoredEvent | undefined> {
   const { bus, blobs, runner, runnerId } = context
   const id = accepted.subject
-  const spec = WorkloadSpec.parse(accepted.data.spec)
+  const { spec } = accepted.data
   const job = await toJob(context, accepted, spec, n)
   const prepared: Prepared | undefined = typeof job === 'string' ? undefined : runner.prepare(job)
   try {
@@ -152,10 +160,19 @@ async function attempt(
     }
 
     const book = openLogbook(context.logLimits, async (batch, lines, dropped) => {
-      const event = makeEvent('log', id, `${n}.${batch}`, { attempt: n, n: batch, lines, dropped }, originOf(context, accepted))
+      const event = makeEvent(
+        'log',
+        id,
+        `${n}.${batch}`,
+        { attempt: n, n: batch, lines, dropped },
+        originOf(context, accepted),
+      )
       await bus.publishRecord(logSubject(id), event, `${id}.${n}.log.${batch}`)
     })
-    const clock = setTimeout(() => held.stop.abort('timeout' satisfies StopReason), spec.limits.timeout_s * 1_000)
+    const clock = setTimeout(
+      () => held.stop.abort('timeout' satisfies StopReason),
+      spec.limits.timeout_s * 1_000,
+    )
     const before = performance.now()
     const outcome = await prepared.run(held.stop.signal, book.write).finally(() => clearTimeout(clock))
     const duration = Math.round((performance.now() - before) * 1_000) / 1_000
@@ -171,7 +188,14 @@ async function attempt(
       limits: spec.limits,
       usage: outcome.usage,
     }
-    const base = { attempt: n, runner: runnerId, started_at: started.time, duration_ms: duration, logs, receipt }
+    const base = {
+      attempt: n,
+      runner: runnerId,
+      started_at: started.time,
+      duration_ms: duration,
+      logs,
+      receipt,
+    }
     const verdict = judge(outcome, held.stop.signal.reason, spec)
     if (verdict.kind === 'completed') {
       const output = await storeOutput(blobs, verdict.output)
@@ -189,7 +213,14 @@ async function attempt(
         not_before,
       })
     }
-    return await move(context, held, accepted, stored.seq, verdict.kind, endOf({ ...base, cause, error, exit_code: exitCode }))
+    return await move(
+      context,
+      held,
+      accepted,
+      stored.seq,
+      verdict.kind,
+      endOf({ ...base, cause, error, exit_code: exitCode }),
+    )
   } finally {
     prepared?.release()
   }
@@ -197,7 +228,12 @@ async function attempt(
 
 type Verdict =
   | { kind: 'completed'; output: string; exitCode: number | null }
-  | { kind: 'failed' | 'killed'; cause: Cause; error: { message: string; stack: string | null }; exitCode: number | null }
+  | {
+      kind: 'failed' | 'killed'
+      cause: Cause
+      error: { message: string; stack: string | null }
+      exitCode: number | null
+    }
 
 /** What an outcome means, given why it was stopped, if it was. */
 function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadSpec): Verdict {
@@ -214,7 +250,11 @@ function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadS
         exitCode: null,
       })
       if (reason === 'timeout')
-        return stopped('failed', 'timeout', `the workload ran longer than its limit of ${spec.limits.timeout_s} s`)
+        return stopped(
+          'failed',
+          'timeout',
+          `the workload ran longer than its limit of ${spec.limits.timeout_s} s`,
+        )
       if (reason === 'killed') return stopped('killed', 'killed', stopMessages.killed)
       return stopped('failed', 'runner_lost', stopMessages[reason ?? 'shutdown'])
     }
@@ -237,7 +277,13 @@ async function move<K extends 'retrying' | EndKind>(
 ): Promise<StoredEvent | undefined> {
   const { bus, runnerId } = context
   const id = accepted.subject
-  const made = makeEvent(kind as EndKind, id, data.attempt as number, data as End, originOf(context, accepted))
+  const made = makeEvent(
+    kind as EndKind,
+    id,
+    data.attempt as number,
+    data as End,
+    originOf(context, accepted),
+  )
   const event = made as LifecycleEvent
   const stored = await bus.settleEvent(eventSubject(id, kind), event, expected)
   if (stored.stored) return { event, seq: stored.seq }

@@ -16,7 +16,11 @@ const RunnerConfig = CommonConfig.extend({
   slots: z.coerce.number().int().min(1).max(10_000).default(64),
   /** A workload’s attempt publishes at most this many log lines and bytes. */
   logLines: z.coerce.number().int().positive().default(10_000),
-  logBytes: z.coerce.number().int().positive().default(5 * 1_048_576),
+  logBytes: z.coerce
+    .number()
+    .int()
+    .positive()
+    .default(5 * 1_048_576),
 })
 
 interface Offer {

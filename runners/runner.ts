@@ -59,7 +59,9 @@ export interface Prepared {
 }
 
 /** What a host offers for an isolation, found by trying it. */
-export type Probe = { available: true; capabilities: Capabilities } | { available: false; reason: string; fix: string }
+export type Probe =
+  | { available: true; capabilities: Capabilities }
+  | { available: false; reason: string; fix: string }
 
 export interface Runner extends AsyncDisposable {
   readonly isolation: Isolation

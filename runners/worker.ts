@@ -85,14 +85,19 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   })
   const timers = [
     setInterval(() => beat(), heartbeatMs),
-    setInterval(() => void announce(bus, options.replicas, heartbeat(false), stop).catch(() => {}), announceMs),
+    setInterval(
+      () => void announce(bus, options.replicas, heartbeat(false), stop).catch(() => {}),
+      announceMs,
+    ),
     setInterval(() => {
       if (bus.connected) for (const one of held.values()) one.message.working()
     }, ackWaitMs / 3),
   ]
   log.info({ runner: runnerId, isolation: runner.isolation, slots }, 'taking work')
 
-  await new Promise((resolve) => (stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true })))
+  await new Promise((resolve) =>
+    stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true }),
+  )
   log.info({ active: held.size }, 'stopping')
   await puller.stop()
   const deadline = Date.now() + drainMs
@@ -108,7 +113,12 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
 }
 
 /** Records what this isolation’s runners can do, so that gateways know it also while none is alive. */
-export async function announce(bus: Bus, replicas: number, heartbeat: Heartbeat, stop: AbortSignal): Promise<void> {
+export async function announce(
+  bus: Bus,
+  replicas: number,
+  heartbeat: Heartbeat,
+  stop: AbortSignal,
+): Promise<void> {
   for (;;) {
     try {
       const kv = await bus.backends(replicas)
@@ -147,7 +157,9 @@ export async function announceUnavailable(
   await announce(bus, options.replicas, heartbeat, stop)
   const timer = setInterval(beat, heartbeatMs)
   beat()
-  await new Promise((resolve) => (stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true })))
+  await new Promise((resolve) =>
+    stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true }),
+  )
   clearInterval(timer)
   rollCalls.unsubscribe()
 }

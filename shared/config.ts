@@ -36,7 +36,11 @@ const common = {
  * Reads a config from the environment: `names` maps the schema’s own fields to variables. Ends the process with
  * every bad variable named, since nothing can run on half a configuration.
  */
-export function readConfig<S extends z.ZodObject>(schema: S, names: Record<string, string>, env: Env): z.infer<S> {
+export function readConfig<S extends z.ZodObject>(
+  schema: S,
+  names: Record<string, string>,
+  env: Env,
+): z.infer<S> {
   const table: Record<string, string> = { ...common, ...names }
   const raw: Record<string, unknown> = {}
   const topology: Record<string, unknown> = {}

@@ -9,9 +9,9 @@ import {
   Isolation,
   LogLine,
   Receipt,
+  SpecFields,
   WorkloadError,
   WorkloadId,
-  WorkloadSpec,
 } from './workload.ts'
 
 const Attempt = z.int().min(1)
@@ -21,7 +21,7 @@ const Attempt = z.int().min(1)
  * and stand, as JSON `{code?, input?}`, in the blob that `payload` names.
  */
 export const Accepted = z.looseObject({
-  spec: WorkloadSpec.loose(),
+  spec: SpecFields.loose(),
   payload: BlobRef.nullable(),
   isolation: Isolation,
   target: z.string(),
@@ -132,7 +132,9 @@ export const LifecycleEvent = z.discriminatedUnion('type', [
 ])
 export type LifecycleEvent = z.infer<typeof LifecycleEvent>
 export type AcceptedEvent = z.infer<typeof eventSchemas.accepted>
-export type EndEvent = z.infer<typeof eventSchemas.completed | typeof eventSchemas.failed | typeof eventSchemas.killed>
+export type EndEvent = z.infer<
+  typeof eventSchemas.completed | typeof eventSchemas.failed | typeof eventSchemas.killed
+>
 export type LogEvent = z.infer<typeof eventSchemas.log>
 export type AnyEvent = LifecycleEvent | z.infer<typeof eventSchemas.late> | LogEvent
 

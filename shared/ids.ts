@@ -16,6 +16,7 @@ export function derivedWorkloadId(namespace: string, key: string): WorkloadId {
 /** Short random id of a process, unique per start, fit for a subject token. */
 export const newProcessId = (kind: string): string => `${kind}-${randomUUIDv7().slice(-12)}`
 
-export const sha256Hex = (bytes: Uint8Array | string): string => createHash('sha256').update(bytes).digest('hex')
+export const sha256Hex = (bytes: Uint8Array | string): string =>
+  createHash('sha256').update(bytes).digest('hex')
 
 export const digestOf = (bytes: Uint8Array | string): Digest => `sha256:${sha256Hex(bytes)}`

@@ -47,7 +47,10 @@ export interface WorkloadRecord extends Omit<Workload, 'output'> {
 }
 
 /** The record that an `accepted` event begins. */
-export function begin(event: Extract<LifecycleEvent, { type: 'vulcan.workload.accepted' }>, seq: number): WorkloadRecord {
+export function begin(
+  event: Extract<LifecycleEvent, { type: 'vulcan.workload.accepted' }>,
+  seq: number,
+): WorkloadRecord {
   const { spec, payload, isolation, routing_reason, request_sha256, rerun_of, trace_id } = event.data
   return {
     id: event.subject,
@@ -79,7 +82,8 @@ export function begin(event: Extract<LifecycleEvent, { type: 'vulcan.workload.ac
   }
 }
 
-const millisecondsBetween = (from: string, to: string): number => Math.max(0, Date.parse(to) - Date.parse(from))
+const millisecondsBetween = (from: string, to: string): number =>
+  Math.max(0, Date.parse(to) - Date.parse(from))
 
 /** The record after an end, whatever came before it. */
 export function finish(record: WorkloadRecord, event: EndEvent, seq: number): WorkloadRecord {

@@ -36,7 +36,7 @@ export interface WorkPuller {
   stop(): Promise<void>
 }
 
-const toWork = (message: Msg): WorkMessage => {
+const toWork = (bus: Bus, message: Msg): WorkMessage => {
   const tokens = message.reply!.split('.')
   const hdr = message.headers?.get(replyHeader)
   return {
@@ -45,9 +45,9 @@ const toWork = (message: Msg): WorkMessage => {
     deliveries: Number(tokens[tokens.length < 11 ? 4 : 6]),
     body: message.string(),
     replyTo: hdr === undefined || hdr === '' ? undefined : hdr,
-    ack: () => void message.respond('+ACK'),
-    working: () => void message.respond('+WPI'),
-    later: (delayMs) => void message.respond(`-NAK {"delay":${Math.round(delayMs * 1_000_000)}}`),
+    ack: () => bus.publish(message.reply!, '+ACK'),
+    working: () => bus.publish(message.reply!, '+WPI'),
+    later: (delayMs) => bus.publish(message.reply!, `-NAK {"delay":${Math.round(delayMs * 1_000_000)}}`),
   }
 }
 
@@ -74,9 +74,9 @@ export function pullWork(
     function onMessage(message: Msg) {
       if (message.reply === undefined || message.reply === '') return onStatus(message)
       state.asked--
-      if (stopped) return toWork(message).later(0)
+      if (stopped) return toWork(bus, message).later(0)
       free--
-      handle(toWork(message))
+      handle(toWork(bus, message))
     }
     function onStatus(message: Msg) {
       const code = message.headers?.code ?? 0
@@ -94,7 +94,7 @@ export function pullWork(
     if (stopped || !bus.connected || want < (current.asked === 0 ? 1 : batch)) return
     current.asked += want
     current.askedAt = Date.now()
-    bus.nc.publish(subject, JSON.stringify({ batch: want, expires: pullExpiresMs * 1_000_000 }), {
+    bus.publish(subject, JSON.stringify({ batch: want, expires: pullExpiresMs * 1_000_000 }), {
       reply: current.inbox,
     })
   }

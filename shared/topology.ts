@@ -19,8 +19,14 @@ export const TopologyOptions = z.object({
   /** A runner that has not said for this long (ms) that it still works on a message loses it to another. */
   ackWaitMs: z.coerce.number().int().min(1_000).default(15_000),
   /** Events and logs are kept this long (hours). */
-  eventsMaxAgeH: z.coerce.number().positive().default(24 * 30),
-  logsMaxAgeH: z.coerce.number().positive().default(24 * 7),
+  eventsMaxAgeH: z.coerce
+    .number()
+    .positive()
+    .default(24 * 30),
+  logsMaxAgeH: z.coerce
+    .number()
+    .positive()
+    .default(24 * 7),
   /** … and at most this much of them (MiB). The oldest go first. */
   eventsMaxMb: z.coerce.number().int().positive().default(8_192),
   logsMaxMb: z.coerce.number().int().positive().default(4_096),

@@ -1,5 +1,5 @@
 /** W3C trace context (https://www.w3.org/TR/trace-context/): one trace from HTTP through the bus to the sandbox. */
-import { randomBytes } from 'node:crypto'
+import { randomUUID } from 'node:crypto'
 
 export interface TraceContext {
   /** 32 hex digits. */
@@ -15,6 +15,9 @@ export function continueTrace(header: string | undefined): TraceContext {
   const match = header === undefined ? null : pattern.exec(header)
   const [, caller, parent, flags] = match ?? []
   const valid = caller !== undefined && !/^0+$/.test(caller) && !/^0+$/.test(parent!)
-  const traceId = valid ? caller : randomBytes(16).toString('hex')
-  return { traceId, traceparent: `00-${traceId}-${randomBytes(8).toString('hex')}-${valid ? flags : '00'}` }
+  const traceId = valid ? caller : randomUUID().replaceAll('-', '')
+  return {
+    traceId,
+    traceparent: `00-${traceId}-${randomUUID().slice(-12)}${randomUUID().slice(0, 4)}-${valid ? flags : '00'}`,
+  }
 }

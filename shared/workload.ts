@@ -37,7 +37,12 @@ export const Cause = z
 export type Cause = z.infer<typeof Cause>
 
 /** Failures of the platform: retried without being asked. Every other cause is retried only by `retry.on`. */
-export const platformCauses: readonly Cause[] = ['runner_lost', 'backend_unavailable', 'disk_full', 'internal']
+export const platformCauses: readonly Cause[] = [
+  'runner_lost',
+  'backend_unavailable',
+  'disk_full',
+  'internal',
+]
 
 export const WorkloadId = z.uuid().meta({ id: 'WorkloadId', description: 'UUID, version 7 or 8' })
 export type WorkloadId = z.infer<typeof WorkloadId>
@@ -70,7 +75,10 @@ export const Retry = z
     on: z.array(Cause).max(14).default(['runner_lost']),
     backoff: z.enum(['exponential', 'none']).default('exponential'),
   })
-  .meta({ id: 'Retry', description: 'platform failures are retried anyway; `on` adds causes of the user’s own' })
+  .meta({
+    id: 'Retry',
+    description: 'platform failures are retried anyway; `on` adds causes of the user’s own',
+  })
 export type Retry = z.infer<typeof Retry>
 
 const HostPort = z
@@ -80,38 +88,44 @@ const HostPort = z
 
 const IsolationChoice = z.union([z.literal('auto'), Isolation, z.array(Isolation).min(1).max(4)])
 const EnvName = z.string().regex(/^[A-Za-z_][A-Za-z0-9_]{0,255}$/, 'must be a name such as MODE')
-const LabelName = z.string().regex(/^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$/, 'must be 1 to 63 of A–Z a–z 0–9 . _ / -')
+const LabelName = z
+  .string()
+  .regex(/^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$/, 'must be 1 to 63 of A–Z a–z 0–9 . _ / -')
+
+/** The fields of a spec, each by itself. Unknown ones are refused. */
+export const SpecFields = z.strictObject({
+  isolation: IsolationChoice.default('auto'),
+  runtime: Runtime.optional(),
+  code: z.string().min(1).optional(),
+  archive: z.strictObject({ blob: Digest }).optional(),
+  image: z.union([z.string().min(1).max(512), z.strictObject({ blob: Digest })]).optional(),
+  entrypoint: z
+    .union([z.string().min(1).max(1024), z.array(z.string().max(32_768)).min(1).max(256)])
+    .optional(),
+  input: z.unknown().optional(),
+  env: z.record(EnvName, z.string().max(32_768)).default({}),
+  secrets: z.array(EnvName).max(64).default([]),
+  limits: Limits.prefault({}),
+  network: z
+    .strictObject({
+      egress: z.union([z.enum(['none', 'all']), z.array(HostPort).min(1).max(64)]).default('none'),
+    })
+    .prefault({}),
+  retry: Retry.prefault({}),
+  labels: z.record(LabelName, z.string().max(255)).default({}),
+})
 
 /** What a client posts. After parsing, every default is filled in and exactly one of code, archive and image is set. */
-export const WorkloadSpec = z
-  .strictObject({
-    isolation: IsolationChoice.default('auto'),
-    runtime: Runtime.optional(),
-    code: z.string().min(1).optional(),
-    archive: z.strictObject({ blob: Digest }).optional(),
-    image: z.union([z.string().min(1).max(512), z.strictObject({ blob: Digest })]).optional(),
-    entrypoint: z.union([z.string().min(1).max(1024), z.array(z.string().max(32_768)).min(1).max(256)]).optional(),
-    input: z.unknown().optional(),
-    env: z.record(EnvName, z.string().max(32_768)).default({}),
-    secrets: z.array(EnvName).max(64).default([]),
-    limits: Limits.prefault({}),
-    network: z
-      .strictObject({ egress: z.union([z.enum(['none', 'all']), z.array(HostPort).min(1).max(64)]).default('none') })
-      .prefault({}),
-    retry: Retry.prefault({}),
-    labels: z.record(LabelName, z.string().max(255)).default({}),
-  })
-  .superRefine((spec, ctx) => {
-    const sources = (['code', 'archive', 'image'] as const).filter((name) => spec[name] !== undefined)
-    if (sources.length !== 1) {
-      const message =
-        sources.length === 0
-          ? 'one of code, archive or image is required'
-          : `only one of code, archive and image may be set, not ${sources.join(' and ')}`
-      ctx.addIssue({ code: 'custom', path: [sources[1] ?? 'code'], message })
-    }
-  })
-  .meta({ id: 'WorkloadSpec' })
+export const WorkloadSpec = SpecFields.superRefine((spec, ctx) => {
+  const sources = (['code', 'archive', 'image'] as const).filter((name) => spec[name] !== undefined)
+  if (sources.length !== 1) {
+    const message =
+      sources.length === 0
+        ? 'one of code, archive or image is required'
+        : `only one of code, archive and image may be set, not ${sources.join(' and ')}`
+    ctx.addIssue({ code: 'custom', path: [sources[1] ?? 'code'], message })
+  }
+}).meta({ id: 'WorkloadSpec' })
 export type WorkloadSpec = z.infer<typeof WorkloadSpec>
 
 export const WorkloadError = z

@@ -45,7 +45,7 @@ export function boot(host: Host, parts: Parts): Enter {
   const global = globalThis as Record<string, unknown>
 
   interface Call {
-    input: unknown
+    input: string | undefined
     ctx: object
     aborter: Abortable
     maxOutput: number
@@ -121,7 +121,9 @@ export function boot(host: Host, parts: Parts): Enter {
     try {
       const refused = refusal()
       if (refused !== undefined) return finish(call, 'invalid', refused)
-      output(call, await (handler as (input: unknown, ctx: object) => unknown)(call.input, call.ctx))
+      const input = call.input === undefined ? undefined : parse(call.input)
+      call.input = undefined
+      output(call, await (handler as (input: unknown, ctx: object) => unknown)(input, call.ctx))
     } catch (error) {
       describe(call, 'threw', error)
     }
@@ -148,7 +150,7 @@ export function boot(host: Host, parts: Parts): Enter {
       signal: aborter.signal,
       log,
     }
-    const call: Call = { input: inputText === undefined ? undefined : parse(inputText), ctx, aborter, maxOutput }
+    const call: Call = { input: inputText, ctx, aborter, maxOutput }
     return call
   }
 

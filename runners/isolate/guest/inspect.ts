@@ -14,7 +14,7 @@ export function makeInspect(): Inspect {
   const { ownKeys, getOwnPropertyDescriptor, getPrototypeOf } = Reflect
   const { isArray } = Array
   const { stringify } = JSON
-  const { String: toText, Object: toObject, Error: BaseError } = globalThis
+  const { String: toText, Error: BaseError } = globalThis
   const isError = (BaseError as unknown as { isError(value: unknown): boolean }).isError
   const objectPrototype = Object.prototype
   const tagOf = uncurry(Object.prototype.toString)
@@ -246,7 +246,5 @@ export function makeInspect(): Inspect {
     return text
   }
 
-  // Boxed, so that a poisoned prototype cannot be reached through them.
-  void toObject
   return (value, depth = 2) => render(value, 0, { left: 64 * 1024, stack: [], depth })
 }

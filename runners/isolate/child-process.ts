@@ -1,0 +1,285 @@
+/**
+ * The runner’s end of one sandbox child. What a child says is not trusted: messages are bounded and checked, and a
+ * child that breaks the protocol is killed.
+ */
+import { type ChildProcess, spawn } from 'node:child_process'
+import { closeSync, openSync, readFileSync, readSync, writeFileSync } from 'node:fs'
+import { FrameDecoder, FrameError } from '../../shared/frames.ts'
+import type { Cause, LogLevel } from '../../shared/workload.ts'
+import {
+  type DoneHeader,
+  decodeMessage,
+  encodeMessage,
+  kinds,
+  logLevels,
+  type Message,
+  maxChatterBytes,
+  type RunHeader,
+} from './protocol.ts'
+import type { Walls } from './walls.ts'
+
+/** Who is told about the run under way. */
+export interface Occupant {
+  onLine(level: LogLevel, text: string): void
+  onDone(header: DoneHeader, output: string | undefined): void
+  /** The child does not hold the code any more. */
+  onNeed(): void
+  /** The process is gone, and all of its output has been read. */
+  onGone(): void
+}
+
+export interface ChildEvents {
+  onReady(child: SandboxChild): void
+  onGone(child: SandboxChild): void
+}
+
+/** Bytes of standard error that are kept: V8’s last words. */
+const stderrBytes = 8 * 1024
+/** A child that is not ready after so many ms is given up. */
+const readyMs = 10_000
+const pageBytes = 4096
+
+/** Causes that a child may name; any other is made up. */
+const childCauses: ReadonlySet<Cause> = new Set<Cause>([
+  'user_error',
+  'oom',
+  'invalid_workload',
+  'output_invalid',
+  'output_too_large',
+])
+/** What V8 and isolated-vm write before they end a process whose memory is spent. */
+const outOfMemory = /is_heap_oom|out of memory|Allocation failed|invalid (?:array|table|size|string) |invalid size error/i
+
+export class SandboxChild {
+  /** Isolates it is believed to hold warm. */
+  readonly keys = new Set<string>()
+  version = ''
+  ready = false
+  gone = false
+  /** Why it was killed, where we did it. */
+  killReason: 'oom' | 'stopped' | 'protocol' | 'retired' | undefined
+  /** `performance.now()` at the start of the run under way, or of its idleness. */
+  since = performance.now()
+  runs = 0
+  /** Resident memory in MiB when it last stood idle. */
+  idleRssMb = 0
+  readonly #process: ChildProcess
+  readonly #events: ChildEvents
+  readonly #decoder = new FrameDecoder(maxChatterBytes)
+  #occupant: Occupant | undefined
+  #run = 0
+  #stderr = ''
+  #innerPid: number | undefined
+  #statm: number | undefined
+  #exit = 'it could not be started'
+  #readyTimer: NodeJS.Timeout
+
+  constructor(walls: Walls, events: ChildEvents) {
+    this.#events = events
+    const child = spawn(walls.file, walls.args, {
+      // Its own session: a terminal’s Ctrl-C is for the runner, which stops its children in good order.
+      detached: true,
+      env: {},
+      cwd: '/',
+      stdio: ['pipe', 'pipe', 'pipe'],
+    })
+    this.#process = child
+    this.#readyTimer = setTimeout(() => this.kill('protocol'), readyMs)
+    child.stdin!.on('error', () => {})
+    child.stdout!.on('error', () => {})
+    child.stderr!.on('error', () => {})
+    child.stdout!.on('data', (chunk: Buffer) => this.#read(chunk))
+    child.stderr!.on('data', (chunk: Buffer) => {
+      this.#stderr = (this.#stderr + chunk.toString('latin1')).slice(-stderrBytes)
+    })
+    child.on('error', (error) => {
+      this.#exit = error.message
+      if (child.pid === undefined) this.#close()
+    })
+    child.on('exit', (code, signal) => {
+      // bubblewrap exits with 128 + n where signal n ended what it held.
+      this.#exit = signal !== null ? `signal ${signal}` : code! > 128 ? `signal ${code! - 128}` : `exit code ${code}`
+    })
+    child.on('close', () => this.#close())
+  }
+
+  /** The processes by which this sandbox can be killed: the outer one, and the innermost one where that differs. */
+  get pids(): number[] {
+    const outer = this.#process.pid
+    if (this.gone || outer === undefined) return []
+    return this.#innerPid === undefined || this.#innerPid === outer ? [outer] : [outer, this.#innerPid]
+  }
+
+  get busy(): boolean {
+    return this.#occupant !== undefined
+  }
+
+  /** How it died, in words. */
+  get exit(): string {
+    return this.#exit
+  }
+
+  /** The end of what it wrote to standard error. */
+  get stderr(): string {
+    return this.#stderr
+  }
+
+  get ranOutOfMemory(): boolean {
+    return this.killReason === 'oom' || outOfMemory.test(this.#stderr)
+  }
+
+  prepare(header: RunHeader, code: string): void {
+    this.keys.add(header.key)
+    this.#process.stdin!.write(encodeMessage(kinds.prepare, 0, [JSON.stringify(header), code]))
+  }
+
+  /** Starts a run; the child must be ready and not busy. `code` may be left out where `keys` has its key. */
+  start(occupant: Occupant, header: RunHeader, ctx: string, code: string | undefined, input: string | undefined): void {
+    this.#occupant = occupant
+    this.#run = (this.#run + 1) >>> 0
+    this.runs++
+    this.since = performance.now()
+    this.keys.add(header.key)
+    this.#decoder.maxBytes = header.output_bytes + maxChatterBytes
+    this.#process.stdin!.write(encodeMessage(kinds.run, this.#run, [JSON.stringify(header), ctx, code, input]))
+  }
+
+  cancel(reason: string): void {
+    this.#process.stdin!.write(encodeMessage(kinds.cancel, this.#run, [reason]))
+  }
+
+  /** Settled by `onGone`. */
+  kill(reason: NonNullable<SandboxChild['killReason']>): void {
+    if (this.gone) return
+    this.killReason ??= reason
+    // The innermost first: when its pipes are closed, nothing of it runs any more.
+    for (const pid of this.pids.reverse()) {
+      try {
+        process.kill(pid, 'SIGKILL')
+      } catch {
+        // It is already dead.
+      }
+    }
+  }
+
+  /** Resident memory now, in MiB; 0 where the host cannot tell. */
+  rssMb(): number {
+    if (this.#statm === undefined) return 0
+    const buffer = Buffer.allocUnsafe(128)
+    try {
+      const size = readSync(this.#statm, buffer, 0, 128, 0)
+      return (Number(buffer.toString('latin1', 0, size).split(' ')[1]) * pageBytes) / 1048576
+    } catch {
+      return 0
+    }
+  }
+
+  #read(chunk: Buffer): void {
+    if (this.killReason === 'protocol') return
+    try {
+      this.#decoder.push(chunk, (frame) => this.#onMessage(decodeMessage(frame)))
+    } catch (error) {
+      if (!(error instanceof FrameError)) throw error
+      this.#stderr += `\n${error.message}`
+      this.kill('protocol')
+    }
+  }
+
+  #onMessage({ kind, run, parts }: Message): void {
+    if (kind === kinds.ready && !this.ready) {
+      this.version = parts[0]?.toString('latin1', 0, 100) ?? ''
+      this.#onReady()
+      return
+    }
+    const occupant = this.#occupant
+    if (occupant === undefined || run !== this.#run) throw new FrameError('a message about a run that is not under way')
+    switch (kind) {
+      case kinds.log: {
+        const level = parts[0]?.toString('latin1') as LogLevel
+        if (!logLevels.includes(level) || parts[1] === undefined) throw new FrameError('a line without a level or text')
+        occupant.onLine(level, parts[1].toString())
+        break
+      }
+      case kinds.done: {
+        const header = readDone(parts[0])
+        for (const key of header.dropped) this.keys.delete(key)
+        this.#occupant = undefined
+        this.#decoder.maxBytes = maxChatterBytes
+        occupant.onDone(header, parts[1]?.toString())
+        break
+      }
+      case kinds.need:
+        this.keys.clear()
+        this.#occupant = undefined
+        occupant.onNeed()
+        break
+      default:
+        throw new FrameError(`a message of unknown kind ${kind}`)
+    }
+  }
+
+  #onReady(): void {
+    clearTimeout(this.#readyTimer)
+    this.ready = true
+    this.since = performance.now()
+    const inner = innermost(this.#process.pid!)
+    this.#innerPid = inner
+    try {
+      this.#statm = openSync(`/proc/${inner}/statm`, 'r')
+      // Where the host itself runs short of memory, its kernel should take a sandbox rather than a runner.
+      writeFileSync(`/proc/${inner}/oom_score_adj`, '1000')
+    } catch {
+      // Not Linux, or not allowed: nothing depends on it.
+    }
+    this.idleRssMb = this.rssMb()
+    this.#events.onReady(this)
+  }
+
+  #close(): void {
+    if (this.gone) return
+    this.gone = true
+    clearTimeout(this.#readyTimer)
+    if (this.#statm !== undefined) closeSync(this.#statm)
+    this.#statm = undefined
+    const occupant = this.#occupant
+    this.#occupant = undefined
+    this.#events.onGone(this)
+    occupant?.onGone()
+  }
+}
+
+/** Follows the only children down: bubblewrap has two processes of its own above what it holds. */
+function innermost(pid: number): number {
+  for (;;) {
+    try {
+      const first = readFileSync(`/proc/${pid}/task/${pid}/children`, 'latin1').split(' ')[0]
+      if (!first) return pid
+      pid = Number(first)
+    } catch {
+      return pid
+    }
+  }
+}
+
+const isText = (value: unknown): value is string => typeof value === 'string'
+const isAmount = (value: unknown): value is number => typeof value === 'number' && value >= 0 && value < 1e12
+
+function readDone(part: Buffer | undefined): DoneHeader {
+  let header: DoneHeader
+  try {
+    header = JSON.parse(part!.toString())
+  } catch {
+    throw new FrameError('an end that is not JSON')
+  }
+  const { status, cause, message, stack, start, cpu_ms, memory_mb, dropped } = header
+  const sound =
+    (status === 'completed' || status === 'stopped' || (status === 'failed' && childCauses.has(cause!) && isText(message))) &&
+    (stack === null || isText(stack)) &&
+    (start === 'cold' || start === 'warm') &&
+    isAmount(cpu_ms) &&
+    isAmount(memory_mb) &&
+    Array.isArray(dropped) &&
+    dropped.every(isText)
+  if (!sound) throw new FrameError('an end that makes no sense')
+  return header
+}

@@ -1,0 +1,100 @@
+/** The isolate runner: JavaScript and TypeScript in V8 isolates, in child processes behind walls. */
+import { createHash } from 'node:crypto'
+import { availableParallelism } from 'node:os'
+import type { Job, Outcome, Probe, Runner } from '../runner.ts'
+import { Pool } from './pool.ts'
+import { type WallOptions, type Walls, wallCandidates } from './walls.ts'
+
+export interface IsolateOptions extends WallOptions {
+  /** Child processes kept ready; default: one per core, at least 2. */
+  min?: number
+  /** Workloads that can run at once; default 32. */
+  max?: number
+  /** A child over `min` is let go after so many ms without work; default 30,000. */
+  idleMs?: number
+}
+
+/** A host that cannot run one expression in so many ms does not offer isolates. */
+const probeMs = 5_000
+
+type Found = { walls: Walls; version: string } | { walls?: undefined; reason: string }
+
+const isNot = 'npm ci with Node 20 or newer brings isolated-vm and the Node it needs'
+
+/** Runs `1 + 1` behind the strongest walls this host can do. */
+export async function probeIsolate(options: IsolateOptions = {}): Promise<Probe> {
+  const found = await findWalls(options)
+  return found.walls === undefined
+    ? { available: false, reason: found.reason, fix: isNot }
+    : { available: true, capabilities: capabilitiesOf(found.walls, found.version) }
+}
+
+/** Throws where `probeIsolate` finds nothing. */
+export async function createIsolateRunner(options: IsolateOptions = {}): Promise<Runner> {
+  const found = await findWalls(options)
+  if (found.walls === undefined) throw new Error(`isolates are not available: ${found.reason}`)
+  const min = options.min ?? Math.max(2, availableParallelism())
+  const max = Math.max(options.max ?? 32, min)
+  const pool = new Pool(found.walls, { min, max, idleMs: options.idleMs ?? 30_000 })
+  return {
+    isolation: 'isolate',
+    capabilities: capabilitiesOf(found.walls, found.version),
+    prepare: (job) => pool.prepare(job),
+    pids: () => pool.pids(),
+    [Symbol.asyncDispose]: () => pool.close(),
+  }
+}
+
+const capabilitiesOf = ({ names, missing }: Walls, version: string) => ({
+  runtimes: ['javascript' as const, 'typescript' as const],
+  egress: ['none' as const],
+  walls: names,
+  missing,
+  version: `V8 ${version}`,
+})
+
+async function findWalls(options: IsolateOptions): Promise<Found> {
+  let reason = 'nothing was tried'
+  let candidates: Walls[]
+  try {
+    candidates = wallCandidates(options)
+  } catch (error) {
+    return { reason: `isolated-vm was not found: ${(error as Error).message}` }
+  }
+  for (const walls of candidates) {
+    const tried = await tryWalls(walls)
+    if (tried.version !== undefined) return { walls, version: tried.version }
+    reason = tried.reason
+  }
+  return { reason }
+}
+
+async function tryWalls(walls: Walls): Promise<{ version: string } | { version?: undefined; reason: string }> {
+  const pool = new Pool(walls, { min: 1, max: 1, idleMs: 60_000 })
+  try {
+    const deadline = AbortSignal.timeout(probeMs)
+    const outcome = await pool.prepare(probeJob()).run(deadline, () => {})
+    if (outcome.status === 'completed' && outcome.output === '2') return { version: pool.version }
+    return { reason: describe(outcome) }
+  } finally {
+    await pool.close()
+  }
+}
+
+const describe = (outcome: Outcome) =>
+  outcome.status === 'failed' ? outcome.error.message : `a sandbox did not answer within ${probeMs} ms`
+
+function probeJob(): Job {
+  const code = 'export default () => 1 + 1'
+  return {
+    id: '00000000-0000-7000-8000-000000000000',
+    attempt: 1,
+    runtime: 'javascript',
+    code,
+    codeSha256: createHash('sha256').update(code).digest('hex'),
+    input: undefined,
+    env: {},
+    limits: { timeout_s: probeMs / 1000, memory_mb: 16, cpu: 1, pids: 1, output_mb: 1 },
+    traceparent: undefined,
+  }
+}

@@ -1,0 +1,443 @@
+/**
+ * The sandbox children of one runner: as few as serve it, more when runs are long, none that anything else could
+ * have harmed. One child runs one workload at a time, so that whatever happens to it is the doing of that one.
+ */
+import type { LogLevel, LogLine } from '../../shared/workload.ts'
+import type { Job, Outcome, Prepared } from '../runner.ts'
+import { type Occupant, SandboxChild } from './child-process.ts'
+import type { DoneHeader, RunHeader } from './protocol.ts'
+import type { Walls } from './walls.ts'
+
+export interface PoolOptions {
+  /** Children kept even when nothing runs. */
+  min: number
+  /** Workloads that can run at once. */
+  max: number
+  /** A child over `min` is let go after so many ms without work. */
+  idleMs: number
+}
+
+/** A run waits so many ms for a child to become idle before another one is started. */
+const patienceMs = 15
+/** A run is long after so many ms: its child is no longer counted on, and its memory is watched. */
+const longMs = 50
+const watchMs = 25
+/** A child that was told to stop has so many ms to say that it has. */
+const graceMs = 150
+/** Children starting at once: each takes a core for about 100 ms. */
+const maxStarting = 4
+/** Memory a child may keep beyond what it started with before it is replaced, in MiB. */
+const maxKeptMb = 384
+/** Resident memory is looked at after so many runs. */
+const sampleRuns = 50
+const maxBackoffMs = 10_000
+
+/** What may be resident for a limit of `limitMb` on top of an idle child: V8’s young generation, garbage, buffers. */
+const allowanceMb = (limitMb: number) => limitMb * 1.5 + 64
+
+export class Pool {
+  readonly #walls: Walls
+  readonly #options: PoolOptions
+  readonly #children = new Set<SandboxChild>()
+  readonly #idle: SandboxChild[] = []
+  #waiting: Attempt[] = []
+  #patience: NodeJS.Timeout | undefined
+  #watch: NodeJS.Timeout | undefined
+  #shrink: NodeJS.Timeout
+  #retry: NodeJS.Timeout | undefined
+  #failures = 0
+  #lastFailure = ''
+  #closed = false
+  #onGone: (() => void) | undefined
+
+  constructor(walls: Walls, options: PoolOptions) {
+    this.#walls = walls
+    this.#options = options
+    for (let i = 0; i < options.min; i++) this.#spawn()
+    this.#shrink = setInterval(() => this.#letGo(), Math.max(50, options.idleMs / 4))
+    this.#shrink.unref()
+  }
+
+  /** V8’s version, as a child said it; empty before one has. */
+  get version(): string {
+    for (const child of this.#children) if (child.version !== '') return child.version
+    return ''
+  }
+
+  get size(): number {
+    return this.#children.size
+  }
+
+  pids(): number[] {
+    return [...this.#children].flatMap((child) => child.pids)
+  }
+
+  prepare(job: Job): Attempt {
+    const attempt = new Attempt(this, job)
+    // Only for code that is warm nowhere: warm code waits for nothing, and should not hold a child meanwhile.
+    if (this.#idle.length > 0 && !this.#isWarm(attempt.key)) {
+      const child = this.#idle.pop()!
+      attempt.reserve(child)
+    }
+    return attempt
+  }
+
+  /** A child for this key, or undefined: then `attempt.begin` is called when there is one. */
+  acquire(attempt: Attempt): SandboxChild | undefined {
+    if (this.#closed) {
+      attempt.unavailable('the runner is shutting down')
+      return undefined
+    }
+    const child = this.#takeIdle(attempt.key)
+    if (child !== undefined) return child
+    if (this.#failures >= 3 && this.#children.size === 0) {
+      attempt.unavailable(this.#lastFailure)
+      return undefined
+    }
+    this.#waiting.push(attempt)
+    this.#patience ??= setTimeout(this.#impatient, patienceMs)
+    return undefined
+  }
+
+  forget(attempt: Attempt): void {
+    this.#waiting = this.#waiting.filter((other) => other !== attempt)
+  }
+
+  /** Gives back a child that is ready for the next run. */
+  giveBack(child: SandboxChild): void {
+    if (child.gone || child.killReason !== undefined) return
+    const now = performance.now()
+    if (child.runs % sampleRuns === 0 || now - child.since > longMs) {
+      child.idleRssMb = child.rssMb()
+      if (child.idleRssMb > maxKeptMb) return this.retire(child)
+    }
+    child.since = now
+    const next = this.#waiting.shift()
+    if (next !== undefined) next.begin(child)
+    else this.#idle.push(child)
+  }
+
+  /** Replaces a child that nobody should use again. */
+  retire(child: SandboxChild): void {
+    child.kill('retired')
+  }
+
+  /** While runs are under way somebody looks at their memory. */
+  watch(): void {
+    this.#watch ??= setInterval(this.#look, watchMs)
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true
+    clearTimeout(this.#patience)
+    clearTimeout(this.#retry)
+    clearInterval(this.#watch)
+    clearInterval(this.#shrink)
+    for (const attempt of this.#waiting.splice(0)) attempt.unavailable('the runner is shutting down')
+    for (const child of this.#children) child.kill('retired')
+    if (this.#children.size > 0)
+      await new Promise<void>((resolve) => {
+        this.#onGone = () => {
+          if (this.#children.size === 0) resolve()
+        }
+      })
+  }
+
+  #isWarm(key: string): boolean {
+    for (const child of this.#children) if (child.keys.has(key)) return true
+    return false
+  }
+
+  #takeIdle(key: string): SandboxChild | undefined {
+    const idle = this.#idle
+    for (let i = idle.length - 1; i >= 0; i--) if (idle[i]!.keys.has(key)) return idle.splice(i, 1)[0]
+    return idle.pop()
+  }
+
+  #spawn(): void {
+    if (this.#closed || this.#children.size >= this.#options.max) return
+    const child = new SandboxChild(this.#walls, {
+      onReady: (ready) => {
+        this.#failures = 0
+        this.giveBack(ready)
+      },
+      onGone: (gone) => this.#lost(gone),
+    })
+    this.#children.add(child)
+  }
+
+  #lost(child: SandboxChild): void {
+    this.#children.delete(child)
+    const at = this.#idle.indexOf(child)
+    if (at >= 0) this.#idle.splice(at, 1)
+    this.#onGone?.()
+    if (this.#closed) return
+    if (!child.ready) {
+      this.#failures++
+      this.#lastFailure = `a sandbox could not be started: ${child.exit}${child.stderr === '' ? '' : `: ${child.stderr.trim().slice(-500)}`}`
+      if (this.#failures >= 3 && this.#children.size === 0)
+        for (const attempt of this.#waiting.splice(0)) attempt.unavailable(this.#lastFailure)
+      const wait = Math.min(maxBackoffMs, 100 * 2 ** this.#failures)
+      this.#retry ??= setTimeout(() => {
+        this.#retry = undefined
+        this.#refill()
+      }, wait)
+      return
+    }
+    this.#refill()
+  }
+
+  #refill(): void {
+    const wanted = Math.max(this.#options.min, this.#waiting.length > 0 ? this.#busyOrStarting() + 1 : 0)
+    while (this.#children.size < Math.min(wanted, this.#options.max)) this.#spawn()
+  }
+
+  #busyOrStarting(): number {
+    return this.#children.size - this.#idle.length
+  }
+
+  #starting(): number {
+    let count = 0
+    for (const child of this.#children) if (!child.ready) count++
+    return count
+  }
+
+  #impatient = () => {
+    this.#patience = undefined
+    if (this.#waiting.length === 0) return
+    if (performance.now() - this.#waiting[0]!.waitingSince >= patienceMs - 1 && this.#retry === undefined) {
+      const more = Math.min(this.#waiting.length, maxStarting) - this.#starting()
+      for (let i = 0; i < more; i++) this.#spawn()
+    }
+    this.#patience = setTimeout(this.#impatient, patienceMs)
+  }
+
+  #look = () => {
+    let busy = 0
+    let long = 0
+    const now = performance.now()
+    for (const child of this.#children) {
+      if (!child.busy) continue
+      busy++
+      if (now - child.since < longMs / 2) continue
+      if (now - child.since >= longMs) long++
+      Attempt.of(child)?.checkMemory(child)
+    }
+    if (busy === 0) {
+      clearInterval(this.#watch)
+      this.#watch = undefined
+      return
+    }
+    // When all are at something long, the next workload should find a child that is not.
+    if (long > 0 && this.#idle.length === 0 && long === busy && this.#starting() === 0 && this.#failures === 0) this.#spawn()
+  }
+
+  #letGo(): void {
+    const now = performance.now()
+    // The longest idle stand first.
+    let spare = this.#children.size - this.#options.min
+    for (const child of [...this.#idle]) {
+      if (spare <= 0 || now - child.since < this.#options.idleMs) break
+      spare--
+      this.#idle.splice(this.#idle.indexOf(child), 1)
+      child.kill('retired')
+    }
+  }
+}
+
+let clockMs = 0
+let clockText = ''
+/** Now as RFC 3339, formatted once per ms. */
+function timestamp(): string {
+  const now = Date.now()
+  if (now !== clockMs) {
+    clockMs = now
+    clockText = new Date(now).toISOString()
+  }
+  return clockText
+}
+
+/** One job on its way through the pool. */
+export class Attempt implements Prepared, Occupant {
+  static readonly #byChild = new WeakMap<SandboxChild, Attempt>()
+  static of(child: SandboxChild): Attempt | undefined {
+    return Attempt.#byChild.get(child)
+  }
+
+  readonly key: string
+  waitingSince = 0
+  readonly #pool: Pool
+  readonly #job: Job
+  readonly #header: RunHeader
+  #child: SandboxChild | undefined
+  #signal: AbortSignal | undefined
+  #onLog: ((line: LogLine) => void) | undefined
+  #resolve: ((outcome: Outcome) => void) | undefined
+  #aborted = false
+  #released = false
+  #grace: NodeJS.Timeout | undefined
+  #peakMb = 0
+
+  constructor(pool: Pool, job: Job) {
+    this.#pool = pool
+    this.#job = job
+    const typescript = job.runtime === 'typescript'
+    const { memory_mb, output_mb } = job.limits
+    this.key = `${job.codeSha256}.${typescript ? 'ts' : 'js'}.${memory_mb}`
+    this.#header = { key: this.key, typescript, memory_mb, output_bytes: Math.floor(output_mb * 1048576) }
+  }
+
+  /** Holds `child` for this attempt and has it compile the code meanwhile. */
+  reserve(child: SandboxChild): void {
+    this.#child = child
+    child.prepare(this.#header, this.#job.code)
+  }
+
+  run(signal: AbortSignal, onLog: (line: LogLine) => void): Promise<Outcome> {
+    return new Promise((resolve) => {
+      this.#resolve = resolve
+      this.#signal = signal
+      this.#onLog = onLog
+      const { runtime } = this.#job
+      if (signal.aborted) {
+        this.#aborted = true
+        return this.#settle({ status: 'stopped', ...nothingRan })
+      }
+      if (runtime !== 'javascript' && runtime !== 'typescript')
+        return this.#fail('invalid_workload', `an isolate runs javascript and typescript, not ${runtime}`)
+      signal.addEventListener('abort', this)
+      this.#acquire()
+    })
+  }
+
+  release(): void {
+    if (this.#resolve !== undefined || this.#released) return
+    this.#released = true
+    this.#giveBack()
+  }
+
+  /** An `AbortSignal` calls this when it is aborted. */
+  handleEvent(): void {
+    if (this.#aborted) return
+    this.#aborted = true
+    const child = this.#child
+    if (child === undefined) {
+      this.#pool.forget(this)
+      return this.#settle({ status: 'stopped', ...nothingRan })
+    }
+    child.cancel(stopMessage(this.#signal?.reason))
+    this.#grace = setTimeout(() => child.kill('stopped'), graceMs)
+  }
+
+  begin(child: SandboxChild): void {
+    this.#child = child
+    const { id, attempt, traceparent, env, code, input } = this.#job
+    const ctx = JSON.stringify({ id, attempt, traceparent: traceparent ?? null, env })
+    Attempt.#byChild.set(child, this)
+    child.start(this, this.#header, ctx, child.keys.has(this.key) ? undefined : code, input)
+    this.#pool.watch()
+  }
+
+  unavailable(message: string): void {
+    this.#fail('backend_unavailable', message)
+  }
+
+  checkMemory(child: SandboxChild): void {
+    const rss = child.rssMb()
+    const grown = rss - child.idleRssMb
+    if (grown > this.#peakMb) this.#peakMb = grown
+    if (grown > allowanceMb(this.#header.memory_mb)) child.kill('oom')
+  }
+
+  onLine(level: LogLevel, text: string): void {
+    this.#onLog?.({ time: timestamp(), level, stream: 'console', text })
+  }
+
+  onNeed(): void {
+    const child = this.#child!
+    if (this.#aborted) {
+      this.#settle({ status: 'stopped', ...nothingRan })
+      return
+    }
+    this.begin(child)
+  }
+
+  onDone(header: DoneHeader, output: string | undefined): void {
+    const { status, cause, message, stack, start, cpu_ms, memory_mb } = header
+    const usage = { cpu_ms: round(cpu_ms), memory_peak_mb: round(Math.max(memory_mb, this.#peakMb)) }
+    const ran = { usage, start }
+    // isolated-vm lets go of an isolate whose memory is spent, but the process is not what it was.
+    if (cause === 'oom') this.#pool.retire(this.#child!)
+    if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
+    if (status === 'failed')
+      return this.#settle({ status, cause: cause!, error: { message: message!, stack }, exitCode: null, ...ran })
+    if (status === 'stopped' || output === undefined || !isJson(output)) {
+      this.#child!.kill('protocol')
+      return this.#fail('runner_lost', 'the sandbox sent a result that is none')
+    }
+    this.#settle({ status: 'completed', output, exitCode: null, ...ran })
+  }
+
+  onGone(): void {
+    const child = this.#child!
+    this.#child = undefined
+    const usage = { cpu_ms: null, memory_peak_mb: this.#peakMb > 0 ? round(this.#peakMb) : null }
+    const ran = { usage, start: 'cold' as const }
+    if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
+    const [cause, message] = child.ranOutOfMemory
+      ? (['oom', `the code used more than its ${this.#header.memory_mb} MiB of memory (limits.memory_mb)`] as const)
+      : child.killReason === 'protocol'
+        ? (['runner_lost', `the sandbox broke its protocol: ${child.stderr.trim().slice(-300)}`] as const)
+        : (['runner_lost', `the sandbox died while the code ran: ${child.exit}`] as const)
+    this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...ran })
+  }
+
+  #acquire(): void {
+    const reserved = this.#child
+    if (reserved !== undefined && !reserved.gone && reserved.killReason === undefined) return this.begin(reserved)
+    this.#child = undefined
+    this.waitingSince = performance.now()
+    const child = this.#pool.acquire(this)
+    if (child !== undefined) this.begin(child)
+  }
+
+  #fail(cause: 'backend_unavailable' | 'invalid_workload' | 'runner_lost', message: string): void {
+    this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...nothingRan })
+  }
+
+  #settle(outcome: Outcome): void {
+    const resolve = this.#resolve
+    clearTimeout(this.#grace)
+    this.#signal?.removeEventListener('abort', this)
+    this.#onLog = undefined
+    this.#released = true
+    this.#giveBack()
+    resolve?.(outcome)
+  }
+
+  #giveBack(): void {
+    const child = this.#child
+    this.#child = undefined
+    if (child === undefined) return
+    Attempt.#byChild.delete(child)
+    this.#pool.giveBack(child)
+  }
+}
+
+const nothingRan = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'cold' as const }
+
+const round = (amount: number) => Math.round(amount * 1000) / 1000
+
+function isJson(text: string): boolean {
+  try {
+    JSON.parse(text)
+    return true
+  } catch {
+    return false
+  }
+}
+
+/** What the user’s code finds as `ctx.signal.reason.message`. */
+function stopMessage(reason: unknown): string {
+  return typeof reason === 'string' ? `the workload was stopped: ${reason}` : 'the workload was stopped'
+}
