@@ -14,7 +14,8 @@ export interface LoadResult {
 export interface LoadOptions {
   origin: string
   path: string
-  body: string
+  /** The same for every request, or made for each. */
+  body: string | (() => string)
   connections: number
   seconds: number
   /** Status that counts as success. */
@@ -49,7 +50,7 @@ export async function load(options: LoadOptions): Promise<LoadResult> {
         const answer = await pool.request({
           path,
           method: 'POST',
-          body,
+          body: typeof body === 'string' ? body : body(),
           headers: { 'content-type': 'application/json' },
         })
         await answer.body.dump()

@@ -1,6 +1,6 @@
 /**
  * The one door to NATS: a connection that mends itself, publishing under the referee, and reading back.
- * Nothing outside `shared/bus.ts`, `shared/blobs.ts` and `shared/queue.ts` talks to the NATS client.
+ * Nothing outside `shared/bus.ts`, `blobs.ts`, `queue.ts` and `follow.ts` talks to the NATS client.
  */
 import { setTimeout } from 'node:timers/promises'
 import {
@@ -271,6 +271,16 @@ export class Bus implements AsyncDisposable {
   /** The `accepted` event of a workload; undefined: never accepted, or older than the stream keeps. */
   acceptedEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
     return this.#read({ last_by_subj: `vulcan.events.${id}.accepted.*.*` })
+  }
+
+  /** Sequence of the last message on a subject, straight from the stream’s leader; 0: none. */
+  async lastSequence(stream: string, subject: string): Promise<number> {
+    try {
+      return (await this.jsm.streams.getMessage(stream, { last_by_subj: subject }))?.seq ?? 0
+    } catch (cause) {
+      if (cause instanceof JetStreamApiError && cause.code === 10037) return 0
+      throw new BusUnavailable(`stream ${stream} cannot be read`, { cause })
+    }
   }
 
   async #read(query: { last_by_subj: string }): Promise<StoredEvent | undefined> {

@@ -48,7 +48,8 @@ const childCauses: ReadonlySet<Cause> = new Set<Cause>([
   'output_too_large',
 ])
 /** What V8 and isolated-vm write before they end a process whose memory is spent. */
-const outOfMemory = /is_heap_oom|out of memory|Allocation failed|invalid (?:array|table|size|string) |invalid size error/i
+const outOfMemory =
+  /is_heap_oom|out of memory|Allocation failed|invalid (?:array|table|size|string) |invalid size error/i
 
 export class SandboxChild {
   /** Isolates it is believed to hold warm. */
@@ -98,7 +99,8 @@ export class SandboxChild {
     })
     child.on('exit', (code, signal) => {
       // bubblewrap exits with 128 + n where signal n ended what it held.
-      this.#exit = signal !== null ? `signal ${signal}` : code! > 128 ? `signal ${code! - 128}` : `exit code ${code}`
+      this.#exit =
+        signal !== null ? `signal ${signal}` : code! > 128 ? `signal ${code! - 128}` : `exit code ${code}`
     })
     child.on('close', () => this.#close())
   }
@@ -134,14 +136,22 @@ export class SandboxChild {
   }
 
   /** Starts a run; the child must be ready and not busy. `code` may be left out where `keys` has its key. */
-  start(occupant: Occupant, header: RunHeader, ctx: string, code: string | undefined, input: string | undefined): void {
+  start(
+    occupant: Occupant,
+    header: RunHeader,
+    ctx: string,
+    code: string | undefined,
+    input: string | undefined,
+  ): void {
     this.#occupant = occupant
     this.#run = (this.#run + 1) >>> 0
     this.runs++
     this.since = performance.now()
     this.keys.add(header.key)
     this.#decoder.maxBytes = header.output_bytes + maxChatterBytes
-    this.#process.stdin!.write(encodeMessage(kinds.run, this.#run, [JSON.stringify(header), ctx, code, input]))
+    this.#process.stdin!.write(
+      encodeMessage(kinds.run, this.#run, [JSON.stringify(header), ctx, code, input]),
+    )
   }
 
   cancel(reason: string): void {
@@ -192,11 +202,13 @@ export class SandboxChild {
       return
     }
     const occupant = this.#occupant
-    if (occupant === undefined || run !== this.#run) throw new FrameError('a message about a run that is not under way')
+    if (occupant === undefined || run !== this.#run)
+      throw new FrameError('a message about a run that is not under way')
     switch (kind) {
       case kinds.log: {
         const level = parts[0]?.toString('latin1') as LogLevel
-        if (!logLevels.includes(level) || parts[1] === undefined) throw new FrameError('a line without a level or text')
+        if (!logLevels.includes(level) || parts[1] === undefined)
+          throw new FrameError('a line without a level or text')
         occupant.onLine(level, parts[1].toString())
         break
       }
@@ -273,7 +285,9 @@ function readDone(part: Buffer | undefined): DoneHeader {
   }
   const { status, cause, message, stack, start, cpu_ms, memory_mb, dropped } = header
   const sound =
-    (status === 'completed' || status === 'stopped' || (status === 'failed' && childCauses.has(cause!) && isText(message))) &&
+    (status === 'completed' ||
+      status === 'stopped' ||
+      (status === 'failed' && childCauses.has(cause!) && isText(message))) &&
     (stack === null || isText(stack)) &&
     (start === 'cold' || start === 'warm') &&
     isAmount(cpu_ms) &&

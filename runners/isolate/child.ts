@@ -67,7 +67,8 @@ function write(buffer: Buffer): void {
   }
 }
 
-const send = (kind: Kind, run: number, parts: (string | undefined)[]) => write(encodeMessage(kind, run, parts))
+const send = (kind: Kind, run: number, parts: (string | undefined)[]) =>
+  write(encodeMessage(kind, run, parts))
 
 const lineBuffer = Buffer.allocUnsafe(maxLineBytes)
 
@@ -138,7 +139,11 @@ function ended(run: Run, end: CallEnd): void {
   const usage = { cpu_ms: sandbox.cpuMs - cpuBefore, memory_mb: memory?.heapMb ?? sandbox.memoryMb }
   if (!sandbox.reusable) drop(key)
   if (end.status === 'completed')
-    answer(number, { status: 'completed', cause: null, message: null, stack: null, start, ...usage }, end.output)
+    answer(
+      number,
+      { status: 'completed', cause: null, message: null, stack: null, start, ...usage },
+      end.output,
+    )
   else
     answer(number, {
       status: 'failed',
@@ -166,7 +171,7 @@ function refuse(number: number, message: string): void {
 const textOf = (part: Buffer | undefined) => part?.toString('utf8')
 const headerOf = (message: Message): RunHeader => JSON.parse(textOf(message.parts[0])!)
 
-function run(message: Message): void {
+function run(message: Message) {
   if (current !== undefined) throw new Error('a run while another is under way')
   const header = headerOf(message)
   const { key } = header
@@ -223,7 +228,14 @@ function cancel(message: Message): void {
   const usage = { cpu_ms: run.sandbox.cpuMs - run.cpuBefore, memory_mb: run.sandbox.memoryNow()?.heapMb ?? 0 }
   run.sandbox.dispose()
   drop(run.key)
-  answer(run.number, { status: 'stopped', cause: null, message: null, stack: null, start: run.start, ...usage })
+  answer(run.number, {
+    status: 'stopped',
+    cause: null,
+    message: null,
+    stack: null,
+    start: run.start,
+    ...usage,
+  })
 }
 
 const decoder = new FrameDecoder(maxRequestBytes)

@@ -20,7 +20,8 @@ export function stripTypes(code: string): string {
     // Node puts the place in front of the stack: `:line`, the source around it, a line of carets.
     const line = /^:(\d+)\n/.exec(stack)?.[1]
     const caret = /^( *)\^+$/m.exec(stack)?.[1]
-    const at = line === undefined ? '' : ` (index.ts:${line}${caret === undefined ? '' : `:${caret.length + 1}`})`
+    const at =
+      line === undefined ? '' : ` (index.ts:${line}${caret === undefined ? '' : `:${caret.length + 1}`})`
     throw new InvalidCode(`${message}${at}`)
   }
 }

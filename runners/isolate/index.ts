@@ -69,7 +69,9 @@ async function findWalls(options: IsolateOptions): Promise<Found> {
   return { reason }
 }
 
-async function tryWalls(walls: Walls): Promise<{ version: string } | { version?: undefined; reason: string }> {
+async function tryWalls(
+  walls: Walls,
+): Promise<{ version: string } | { version?: undefined; reason: string }> {
   const pool = new Pool(walls, { min: 1, max: 1, idleMs: 60_000 })
   try {
     const deadline = AbortSignal.timeout(probeMs)

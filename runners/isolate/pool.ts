@@ -26,7 +26,7 @@ const watchMs = 25
 const graceMs = 150
 /** Children starting at once: each takes a core for about 100 ms. */
 const maxStarting = 4
-/** Memory a child may keep beyond what it started with before it is replaced, in MiB. */
+/** An idle child with more resident memory than this is replaced, in MiB; a fresh one has about 65. */
 const maxKeptMb = 384
 /** Resident memory is looked at after so many runs. */
 const sampleRuns = 50
@@ -104,7 +104,7 @@ export class Pool {
   }
 
   /** Gives back a child that is ready for the next run. */
-  giveBack(child: SandboxChild): void {
+  giveBack(child: SandboxChild) {
     if (child.gone || child.killReason !== undefined) return
     const now = performance.now()
     if (child.runs % sampleRuns === 0 || now - child.since > longMs) {
@@ -229,7 +229,14 @@ export class Pool {
       return
     }
     // When all are at something long, the next workload should find a child that is not.
-    if (long > 0 && this.#idle.length === 0 && long === busy && this.#starting() === 0 && this.#failures === 0) this.#spawn()
+    if (
+      long > 0 &&
+      this.#idle.length === 0 &&
+      long === busy &&
+      this.#starting() === 0 &&
+      this.#failures === 0
+    )
+      this.#spawn()
   }
 
   #letGo(): void {
@@ -317,7 +324,7 @@ export class Attempt implements Prepared, Occupant {
   }
 
   /** An `AbortSignal` calls this when it is aborted. */
-  handleEvent(): void {
+  handleEvent() {
     if (this.#aborted) return
     this.#aborted = true
     const child = this.#child
@@ -362,7 +369,7 @@ export class Attempt implements Prepared, Occupant {
     this.begin(child)
   }
 
-  onDone(header: DoneHeader, output: string | undefined): void {
+  onDone(header: DoneHeader, output: string | undefined) {
     const { status, cause, message, stack, start, cpu_ms, memory_mb } = header
     const usage = { cpu_ms: round(cpu_ms), memory_peak_mb: round(Math.max(memory_mb, this.#peakMb)) }
     const ran = { usage, start }
@@ -370,7 +377,13 @@ export class Attempt implements Prepared, Occupant {
     if (cause === 'oom') this.#pool.retire(this.#child!)
     if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
     if (status === 'failed')
-      return this.#settle({ status, cause: cause!, error: { message: message!, stack }, exitCode: null, ...ran })
+      return this.#settle({
+        status,
+        cause: cause!,
+        error: { message: message!, stack },
+        exitCode: null,
+        ...ran,
+      })
     if (status === 'stopped' || output === undefined || !isJson(output)) {
       this.#child!.kill('protocol')
       return this.#fail('runner_lost', 'the sandbox sent a result that is none')
@@ -378,23 +391,27 @@ export class Attempt implements Prepared, Occupant {
     this.#settle({ status: 'completed', output, exitCode: null, ...ran })
   }
 
-  onGone(): void {
+  onGone() {
     const child = this.#child!
     this.#child = undefined
     const usage = { cpu_ms: null, memory_peak_mb: this.#peakMb > 0 ? round(this.#peakMb) : null }
     const ran = { usage, start: 'cold' as const }
     if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
     const [cause, message] = child.ranOutOfMemory
-      ? (['oom', `the code used more than its ${this.#header.memory_mb} MiB of memory (limits.memory_mb)`] as const)
+      ? ([
+          'oom',
+          `the code used more than its ${this.#header.memory_mb} MiB of memory (limits.memory_mb)`,
+        ] as const)
       : child.killReason === 'protocol'
         ? (['runner_lost', `the sandbox broke its protocol: ${child.stderr.trim().slice(-300)}`] as const)
         : (['runner_lost', `the sandbox died while the code ran: ${child.exit}`] as const)
     this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...ran })
   }
 
-  #acquire(): void {
+  #acquire() {
     const reserved = this.#child
-    if (reserved !== undefined && !reserved.gone && reserved.killReason === undefined) return this.begin(reserved)
+    if (reserved !== undefined && !reserved.gone && reserved.killReason === undefined)
+      return this.begin(reserved)
     this.#child = undefined
     this.waitingSince = performance.now()
     const child = this.#pool.acquire(this)

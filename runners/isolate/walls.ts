@@ -63,7 +63,9 @@ function sharedLibraries(): string[] {
   // A look at every network interface would make the report slow. The types do not know the property yet.
   Object.assign(process.report, { excludeNetwork: true })
   const report = process.report.getReport() as { sharedObjects?: string[] }
-  return (report.sharedObjects ?? []).filter((path) => path.startsWith('/') && !path.endsWith('.node') && existsSync(path))
+  return (report.sharedObjects ?? []).filter(
+    (path) => path.startsWith('/') && !path.endsWith('.node') && existsSync(path),
+  )
 }
 
 function bubblewrap(bwrap: string, addon: string): Walls {
@@ -94,7 +96,9 @@ export function wallCandidates(options: WallOptions): Walls[] {
       ? undefined
       : given !== undefined
         ? given
-        : ['/usr/bin', '/bin', '/usr/local/bin'].map((dir) => join(dir, name)).find((path) => existsSync(path))
+        : ['/usr/bin', '/bin', '/usr/local/bin']
+            .map((dir) => join(dir, name))
+            .find((path) => existsSync(path))
   const bwrap = find(options.bwrap, 'bwrap')
   if (bwrap !== undefined) candidates.push(bubblewrap(bwrap, addon))
   const bare = nodeArgs(root, addon)
@@ -114,7 +118,10 @@ export function wallCandidates(options: WallOptions): Walls[] {
     names: ['node-permissions'],
     missing: [
       ...missing,
-      { wall: 'dies-with-runner', fix: 'install util-linux, or start the runner under a supervisor that kills its process group' },
+      {
+        wall: 'dies-with-runner',
+        fix: 'install util-linux, or start the runner under a supervisor that kills its process group',
+      },
     ],
   })
   return candidates

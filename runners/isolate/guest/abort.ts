@@ -49,7 +49,8 @@ export function makeAbort(): MakeAbortable {
       if (type !== 'abort' || this.#aborted || callback === null || callback === undefined) return
       const list = this.#listeners
       for (let i = 0; i < list.length; i++) if (list[i]!.callback === callback) return
-      const once = typeof options === 'object' && options !== null && (options as { once?: unknown }).once === true
+      const once =
+        typeof options === 'object' && options !== null && (options as { once?: unknown }).once === true
       list[list.length] = { callback, once }
     }
     removeEventListener(type: unknown, callback: unknown) {

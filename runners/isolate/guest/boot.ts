@@ -98,7 +98,8 @@ export function boot(host: Host, parts: Parts): Enter {
     try {
       text = value === undefined ? 'null' : stringify(value)
     } catch (error) {
-      const message = typeof error === 'object' && error !== null ? readText(error, 'message') : inspect(error)
+      const message =
+        typeof error === 'object' && error !== null ? readText(error, 'message') : inspect(error)
       if (message === 'Invalid string length') return finish(call, 'output_too_large', 'more than 536870912')
       return finish(call, 'output_invalid', message ?? 'unknown error')
     }

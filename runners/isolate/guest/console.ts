@@ -81,7 +81,8 @@ export function makeConsole(inspect: Inspect, write: Write): Logger {
       }
       text += from === 0 ? first : slice(first, from)
     }
-    for (; next < args.length && text.length <= maxText; next++) text += (next > 0 ? ' ' : '') + plain(args[next])
+    for (; next < args.length && text.length <= maxText; next++)
+      text += (next > 0 ? ' ' : '') + plain(args[next])
     return text
   }
 

@@ -51,8 +51,10 @@ export function makeTimers(
 
   return {
     globals: {
-      setTimeout: (callback: unknown, delay?: unknown, ...args: unknown[]) => add(callback, delay, args, false),
-      setInterval: (callback: unknown, delay?: unknown, ...args: unknown[]) => add(callback, delay, args, true),
+      setTimeout: (callback: unknown, delay?: unknown, ...args: unknown[]) =>
+        add(callback, delay, args, false),
+      setInterval: (callback: unknown, delay?: unknown, ...args: unknown[]) =>
+        add(callback, delay, args, true),
       clearTimeout: drop,
       clearInterval: drop,
       queueMicrotask: (callback: unknown) => {

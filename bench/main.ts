@@ -1,0 +1,120 @@
+/**
+ * `npm run bench`: starts its own platform and prints, from one run, what vulcan costs beside the floor beneath it.
+ * Rounds of floor and platform take turns, so that a noisy minute touches both; figures are medians of the rounds.
+ * `npm run bench -- 5 3`: seconds a measurement, rounds.
+ */
+import { startNats } from '../test/nats.ts'
+import { startTestPlatform } from '../test/platform.ts'
+import { coldFloor } from './cold.ts'
+import { acceptFloor, floor } from './floor.ts'
+import { type LoadResult, load } from './load.ts'
+import { logFloor, logLines } from './logs.ts'
+
+const [seconds = 4, rounds = 3] = process.argv.slice(2).map(Number)
+const widths = [1, 16, 64]
+
+const median = (values: number[]): number =>
+  values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? Number.NaN
+const warmBody = JSON.stringify({ code: 'export default ({ x }) => ({ y: x * 2 })', input: { x: 21 } })
+let unique = 0
+const coldBody = () =>
+  JSON.stringify({
+    code: `export default ({ x }) => ({ y: x * 2, n: ${process.pid}.${++unique} })`,
+    input: { x: 21 },
+  })
+
+await using platform = await startTestPlatform()
+await using bare = await startNats()
+const post = (
+  path: string,
+  connections: number,
+  body: string | (() => string),
+  expect: number,
+  time = seconds,
+) => load({ origin: platform.url, path, connections, body, expect, seconds: time })
+
+console.log(
+  `${seconds} s a measurement, ${rounds} rounds, medians; Node ${process.version}, ${process.platform}`,
+)
+await post('/v1/workloads', 64, warmBody, 200, 3)
+
+const taken = new Map<string, LoadResult[]>()
+const keep = (name: string, result: LoadResult) => {
+  const all = taken.get(name)
+  if (all === undefined) taken.set(name, [result])
+  else all.push(result)
+  if (result.errors > 0) console.log(`! ${name}: ${result.errors} requests were not answered as expected`)
+}
+for (let round = 0; round < rounds; round++) {
+  for (const [n, result] of await floor(bare.url, widths, seconds)) keep(`floor ${n}`, result)
+  for (const n of widths) keep(`sync ${n}`, await post('/v1/workloads', n, warmBody, 200))
+  keep('accept floor', await acceptFloor(bare.url, 64, seconds))
+  keep('accept', await post('/v1/workloads/async', 64, warmBody, 202))
+  await settled()
+  keep('cold floor', coldFloor(seconds))
+  keep('cold', await post('/v1/workloads', 1, coldBody, 200))
+  keep('log floor', await logFloor(bare.url, 9_000))
+  keep('log', await logLines(platform.url, 9_000))
+}
+
+const of = (name: string, field: 'rate' | 'p50' | 'p99') =>
+  median((taken.get(name) ?? []).map((result) => result[field]))
+const row = (label: string, ours: string, beneath: string, ratio: string) =>
+  console.log(`${label.padEnd(34)}${ours.padStart(24)}${beneath.padStart(24)}${ratio.padStart(16)}`)
+const ms = (value: number) => `${value.toFixed(2)} ms`
+const perSecond = (value: number) => `${Math.round(value).toLocaleString('en-US')}/s`
+
+row('', 'vulcan', 'floor', 'vulcan / floor')
+for (const n of widths) {
+  row(
+    `sync warm, ${n} in flight: p50`,
+    ms(of(`sync ${n}`, 'p50')),
+    ms(of(`floor ${n}`, 'p50')),
+    times('p50', `sync ${n}`, `floor ${n}`),
+  )
+  row(
+    `sync warm, ${n} in flight: rate`,
+    perSecond(of(`sync ${n}`, 'rate')),
+    perSecond(of(`floor ${n}`, 'rate')),
+    times('rate', `sync ${n}`, `floor ${n}`),
+  )
+}
+row(
+  'async accept, 64 in flight: rate',
+  perSecond(of('accept', 'rate')),
+  perSecond(of('accept floor', 'rate')),
+  times('rate', 'accept', 'accept floor'),
+)
+const coldBeneath = of('cold floor', 'p50') + of('floor 1', 'p50')
+row(
+  'cold isolate, alone: p50',
+  ms(of('cold', 'p50')),
+  ms(coldBeneath),
+  `${(of('cold', 'p50') / coldBeneath).toFixed(2)}×`,
+)
+row(
+  'log lines, end to end',
+  perSecond(of('log', 'rate')),
+  perSecond(of('log floor', 'rate')),
+  times('rate', 'log', 'log floor'),
+)
+console.log(
+  '\nfloor: accepted event published and acknowledged → sourced queue → pull consumer → core reply, one process each;' +
+    '\naccept floor: the same event published and acknowledged; cold floor: raw isolated-vm (isolate, context, compile,' +
+    '\nrun) plus one floor round trip; log floor: the same batches through JetStream into one consumer.',
+)
+
+/** The ratio of the medians. */
+function times(field: 'rate' | 'p50', ours: string, beneath: string): string {
+  return `${(of(ours, field) / of(beneath, field)).toFixed(2)}×`
+}
+
+/** Waits until nothing that was accepted is left unfinished, so that one measurement does not weigh on the next. */
+async function settled(): Promise<void> {
+  for (;;) {
+    const answer = await fetch(`${platform.url}/v1/workloads?status=pending,running&limit=1`)
+    const { workloads } = (await answer.json()) as { workloads: unknown[] }
+    if (workloads.length === 0) return
+    await new Promise((resolve) => setTimeout(resolve, 200))
+  }
+}

@@ -1,0 +1,120 @@
+/** Opening the database: a libSQL file or a remote libSQL server, migrated, and watched for being replaced. */
+import { mkdir, rename, rm, stat } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { type Client, createClient, LibsqlError } from '@libsql/client'
+import { drizzle, type LibSQLDatabase } from 'drizzle-orm/libsql'
+import { migrate } from 'drizzle-orm/libsql/migrator'
+import * as schema from './schema.ts'
+
+/** Milliseconds between two looks at whether the file is still the one that was opened. */
+const watchMs = 500
+/** Milliseconds a remote server is given for one request. */
+const remoteTimeoutMs = 15_000
+/** Milliseconds SQLite itself waits for another process’s lock; it blocks this process meanwhile. */
+const busyMs = 100
+
+const migrationsFolder = join(import.meta.dirname, 'migrations')
+
+export interface DatabaseOptions {
+  /** `file:/path/to.db`, `libsql://…`, `http(s)://…` or `ws(s)://…` */
+  url: string
+  /** For a remote server. */
+  authToken?: string | undefined
+}
+
+/** One opened database. After `lost` it is of no more use: another has to be opened and folded into. */
+export interface Database {
+  client: Client
+  orm: LibSQLDatabase<typeof schema>
+  /** Aborted when the file was deleted or replaced, or the tables are gone. */
+  lost: AbortSignal
+  /** To be told of every error: some mean that the database is lost. */
+  failed(error: unknown): void
+  close(): void
+}
+
+/** Opens and migrates. Rejects when that cannot be done now; a damaged file is moved aside, as it can be rebuilt. */
+export async function openDatabase({ url, authToken }: DatabaseOptions): Promise<Database> {
+  const path = filePath(url)
+  if (path !== undefined) {
+    await mkdir(dirname(path), { recursive: true })
+    // A write-ahead log without its database belongs to one that was deleted.
+    if ((await inode(path)) === undefined) for (const end of ['-wal', '-shm']) await rm(path + end, { force: true })
+  }
+  const client = createClient({
+    url: path === undefined ? url : `file:${path}`,
+    ...(authToken === undefined ? {} : { authToken }),
+    // A local connection is synchronous, so one is enough, and it keeps its pragmas.
+    ...(path === undefined ? { fetch: fetchInTime } : { concurrency: 1, timeout: busyMs }),
+  })
+  const lost = new AbortController()
+  try {
+    if (path !== undefined) {
+      await client.execute('PRAGMA journal_mode = WAL')
+      // Without an fsync per commit a power loss may take the last commits, never the order of them: the
+      // checkpoint goes back together with the rows, and what is missing is folded again from the stream.
+      await client.execute('PRAGMA synchronous = NORMAL')
+    }
+    const orm = drizzle(client, { schema })
+    await migrate(orm, { migrationsFolder })
+    const opened = path === undefined ? undefined : await inode(path)
+    const watch =
+      path === undefined
+        ? undefined
+        : setInterval(async () => {
+            if ((await inode(path)) !== opened) lost.abort(new Error('the database file was deleted or replaced'))
+          }, watchMs)
+    return {
+      client,
+      orm,
+      lost: lost.signal,
+      failed(error) {
+        if (/no such table/.test(messages(error))) lost.abort(new Error('the tables are gone'))
+        if (path !== undefined && isDamaged(error)) {
+          void moveAside(path).finally(() => lost.abort(new Error('the database file is damaged')))
+        }
+      },
+      close() {
+        clearInterval(watch)
+        client.close()
+      },
+    }
+  } catch (error) {
+    client.close()
+    if (path !== undefined && isDamaged(error)) await moveAside(path)
+    throw error
+  }
+}
+
+/** The path of a `file:` URL; undefined for a remote one. */
+function filePath(url: string): string | undefined {
+  if (!url.startsWith('file:')) return undefined
+  return url.startsWith('file:/') ? fileURLToPath(url) : decodeURIComponent(url.slice('file:'.length))
+}
+
+const inode = async (path: string): Promise<number | undefined> =>
+  await stat(path).then(
+    ({ ino }) => ino,
+    () => undefined,
+  )
+
+async function moveAside(path: string): Promise<void> {
+  await rename(path, `${path}.damaged`).catch(() => {})
+  for (const end of ['-wal', '-shm']) await rm(path + end, { force: true })
+}
+
+const fetchInTime = (request: Request) => fetch(request, { signal: AbortSignal.timeout(remoteTimeoutMs) })
+
+const causes = function* (error: unknown): Generator<unknown> {
+  for (let at = error; at !== undefined && at !== null; at = (at as Error).cause) yield at
+}
+const messages = (error: unknown): string => [...causes(error)].map((one) => (one as Error).message).join(': ')
+const codeOf = (error: unknown): string | undefined =>
+  [...causes(error)].find((one): one is LibsqlError => one instanceof LibsqlError)?.code
+
+const isDamaged = (error: unknown): boolean => /^SQLITE_(CORRUPT|NOTADB)/.test(codeOf(error) ?? '')
+
+/** True where the same statements will fail again however often they are tried. */
+export const isHopeless = (error: unknown): boolean =>
+  error instanceof RangeError || /^SQLITE_(CONSTRAINT|TOOBIG|MISMATCH|RANGE)/.test(codeOf(error) ?? '')

@@ -1,0 +1,173 @@
+/**
+ * Keeps the tables of one stream folded up to the stream’s end: batch by batch, each in one transaction together
+ * with the checkpoint. A crash anywhere repeats at most a batch that was never committed.
+ */
+import { setTimeout as delay } from 'node:timers/promises'
+import type { InStatement } from '@libsql/client'
+import { eq } from 'drizzle-orm'
+import type { Bus } from '../shared/bus.ts'
+import { Follower, type StoredMessage, StreamReplaced, type StreamPlace } from '../shared/follow.ts'
+import type { Logger } from '../shared/process.ts'
+import { type Database, isHopeless } from './database.ts'
+import type { Changes, Progress } from './progress.ts'
+import { checkpoints } from './schema.ts'
+
+/** A batch is committed at so many messages, or so many milliseconds after its first. */
+const batchMessages = 500
+const lingerMs = 8
+
+/** What one batch does to the database, and to what is remembered of it once it is committed. */
+export interface Plan {
+  statements: InStatement[]
+  /** Workloads it touches. */
+  touched: Iterable<string>
+  /** Sequences of messages to be counted, by counter. */
+  counted: Map<string, number[]>
+  committed(): void
+}
+
+/** How the messages of a stream become rows. */
+export interface Projection {
+  stream: string
+  /** Reads what it needs and decides; changes nothing, as it may be asked again for the same messages. */
+  plan(database: Database, messages: StoredMessage[]): Promise<Plan>
+  /** Forgets what it remembers of the rows. */
+  forget(): void
+  /** Empties its tables. */
+  clear: string[]
+  /** Prefix of its counters. */
+  counter: string
+}
+
+export interface ProjectContext {
+  bus: Bus
+  database: Database
+  projection: Projection
+  progress: Progress
+  changes: Changes
+  /** Brings the streams into being where they are missing. */
+  ensure(): Promise<void>
+  /** Told of every failed try and, with undefined, of the next that succeeds. */
+  trouble(error: unknown): void
+  log: Logger
+}
+
+/** Runs until `signal` is aborted; rejects then with its reason. */
+export async function project(context: ProjectContext, signal: AbortSignal): Promise<never> {
+  const { bus, database, projection, progress, ensure, log } = context
+  const { stream } = projection
+  for (;;) {
+    const place = await persist(context, signal, () => readPlace(database, stream))
+    projection.forget()
+    await using follower = new Follower(bus, { stream, place, batch: batchMessages, lingerMs, ensure })
+    let inHand = 0
+    const behind = () => (follower.behind === undefined ? undefined : follower.behind + inHand)
+    progress.restart(place.seq, behind, () => follower.hurry())
+    try {
+      for (;;) {
+        const messages = await follower.next(signal)
+        inHand = messages.length
+        await commit(context, messages, follower.created!, signal)
+        inHand = 0
+        progress.advance(messages.at(-1)!.seq)
+      }
+    } catch (error) {
+      if (!(error instanceof StreamReplaced)) throw error
+      // The stream is the truth and the database its projection, so what is not in the stream is not true. Where
+      // only the address of the server was wrong, the right one brings everything back that its streams hold.
+      log.warn({ stream, reason: error.message }, 'folding the stream anew, from its first message')
+      await persist(context, signal, () => clear(context, place))
+    }
+  }
+}
+
+async function readPlace(database: Database, stream: string): Promise<StreamPlace> {
+  const [row] = await database.orm.select().from(checkpoints).where(eq(checkpoints.stream, stream))
+  return row ?? { seq: 0, at: 0, created: null }
+}
+
+/** Unless another dispatcher has done it already. */
+async function clear({ database, projection }: ProjectContext, place: StreamPlace): Promise<void> {
+  const now = await readPlace(database, projection.stream)
+  if (now.created !== place.created || now.seq < place.seq) return
+  await database.client.batch(
+    [
+      ...projection.clear,
+      { sql: `DELETE FROM counters WHERE name LIKE ?`, args: [`${projection.counter}.%`] },
+      { sql: 'DELETE FROM checkpoints WHERE stream = ?', args: [projection.stream] },
+    ],
+    'write',
+  )
+}
+
+/** Commits the messages, halving them where one of them cannot be stored, and counting that one out. */
+async function commit(
+  context: ProjectContext,
+  messages: StoredMessage[],
+  created: string,
+  signal: AbortSignal,
+): Promise<void> {
+  const { database, projection, changes, log } = context
+  const { stream, counter } = projection
+  const last = messages.at(-1)!
+  const bookkeeping = (counted: Map<string, number[]>): InStatement[] => [
+    ...[...counted].map(([name, seqs]) => count(`${counter}.${name}`, seqs)),
+    { sql: setCheckpoint, args: [stream, last.seq, last.at, created] },
+  ]
+  try {
+    await persist(context, signal, async () => {
+      const plan = await projection.plan(database, messages)
+      await database.client.batch([...plan.statements, ...bookkeeping(plan.counted)], 'write')
+      plan.committed()
+      changes.committed(plan.touched)
+    })
+  } catch (error) {
+    if (!isHopeless(error)) throw error
+    projection.forget()
+    if (messages.length > 1) {
+      const half = messages.length >> 1
+      await commit(context, messages.slice(0, half), created, signal)
+      await commit(context, messages.slice(half), created, signal)
+      return
+    }
+    log.error({ stream, seq: last.seq, err: error }, 'skipped a message that cannot be stored')
+    const statements = bookkeeping(new Map([['unstorable', [last.seq]]]))
+    await persist(context, signal, () => database.client.batch(statements, 'write'))
+  }
+}
+
+const setCheckpoint = `INSERT INTO checkpoints (stream, seq, at, created) VALUES (?, ?, ?, ?)
+  ON CONFLICT (stream) DO UPDATE SET seq = excluded.seq, at = excluded.at, created = excluded.created
+  WHERE excluded.seq > seq OR excluded.created <> created`
+
+/** Adds the sequences that are above the last one counted. */
+const count = (name: string, seqs: number[]): InStatement => ({
+  sql: `INSERT INTO counters (name, value, last_seq)
+    SELECT ?1, count(*), max(value) FROM json_each(?2)
+    WHERE value > coalesce((SELECT last_seq FROM counters WHERE name = ?1), 0) HAVING count(*) > 0
+    ON CONFLICT (name) DO UPDATE SET value = value + excluded.value, last_seq = excluded.last_seq`,
+  args: [name, JSON.stringify(seqs)],
+})
+
+/** Tries until it succeeds: a locked file, a full disk or a server out of reach passes, and nothing is lost meanwhile. */
+async function persist<T>(context: ProjectContext, signal: AbortSignal, act: () => Promise<T>): Promise<T> {
+  const { database, projection, trouble, log } = context
+  for (let tries = 0; ; tries++) {
+    signal.throwIfAborted()
+    try {
+      const result = await act()
+      if (tries > 0) {
+        trouble(undefined)
+        log.info({ stream: projection.stream, tries }, 'the database takes writes again')
+      }
+      return result
+    } catch (error) {
+      signal.throwIfAborted()
+      database.failed(error)
+      if (isHopeless(error)) throw error
+      trouble(error)
+      if (tries % 20 === 0) log.warn({ stream: projection.stream, err: error }, 'the database does not take writes')
+      await delay(Math.min(2_000, 20 * 2 ** tries), undefined, { signal })
+    }
+  }
+}
