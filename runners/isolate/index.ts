@@ -1,8 +1,8 @@
 /** The isolate runner: JavaScript and TypeScript in V8 isolates, in child processes behind walls. */
 import { createHash } from 'node:crypto'
 import { availableParallelism } from 'node:os'
-import type { Job, Outcome, Probe, Runner } from '../runner.ts'
-import { Pool } from './pool.ts'
+import type { Capabilities, Job, Outcome, Probe, Runner } from '../runner.ts'
+import { Pool, type PoolOptions } from './pool.ts'
 import { type WallOptions, type Walls, wallCandidates } from './walls.ts'
 
 export interface IsolateOptions extends WallOptions {
@@ -17,28 +17,29 @@ export interface IsolateOptions extends WallOptions {
 /** A host that cannot run one expression in so many ms does not offer isolates. */
 const probeMs = 5_000
 
-type Found = { walls: Walls; version: string } | { walls?: undefined; reason: string }
+type Found = { pool: Pool; capabilities: Capabilities } | { pool?: undefined; reason: string }
 
-const isNot = 'npm ci with Node 20 or newer brings isolated-vm and the Node it needs'
+const whatBringsIt = 'npm ci with Node 20 or newer brings isolated-vm and the Node it needs'
 
 /** Runs `1 + 1` behind the strongest walls this host can do. */
 export async function probeIsolate(options: IsolateOptions = {}): Promise<Probe> {
-  const found = await findWalls(options)
-  return found.walls === undefined
-    ? { available: false, reason: found.reason, fix: isNot }
-    : { available: true, capabilities: capabilitiesOf(found.walls, found.version) }
+  const found = await findWalls(options, { min: 1, max: 1, idleMs: 60_000 })
+  if (found.pool === undefined) return { available: false, reason: found.reason, fix: whatBringsIt }
+  await found.pool.close()
+  return { available: true, capabilities: found.capabilities }
 }
 
-/** Throws where `probeIsolate` finds nothing. */
+/** Throws where `probeIsolate` finds nothing. Its children are ready when it returns. */
 export async function createIsolateRunner(options: IsolateOptions = {}): Promise<Runner> {
-  const found = await findWalls(options)
-  if (found.walls === undefined) throw new Error(`isolates are not available: ${found.reason}`)
   const min = options.min ?? Math.max(2, availableParallelism())
   const max = Math.max(options.max ?? 32, min)
-  const pool = new Pool(found.walls, { min, max, idleMs: options.idleMs ?? 30_000 })
+  const found = await findWalls(options, { min, max, idleMs: options.idleMs ?? 30_000 })
+  if (found.pool === undefined) throw new Error(`isolates are not available: ${found.reason}`)
+  const { pool, capabilities } = found
+  await pool.filled()
   return {
     isolation: 'isolate',
-    capabilities: capabilitiesOf(found.walls, found.version),
+    capabilities,
     prepare: (job) => pool.prepare(job),
     pids: () => pool.pids(),
     [Symbol.asyncDispose]: () => pool.close(),
@@ -53,34 +54,24 @@ const capabilitiesOf = ({ names, missing }: Walls, version: string) => ({
   version: `V8 ${version}`,
 })
 
-async function findWalls(options: IsolateOptions): Promise<Found> {
-  let reason = 'nothing was tried'
+/** The first walls behind which a workload really runs, with the pool that ran it. */
+async function findWalls(options: WallOptions, poolOptions: PoolOptions): Promise<Found> {
   let candidates: Walls[]
   try {
     candidates = wallCandidates(options)
   } catch (error) {
     return { reason: `isolated-vm was not found: ${(error as Error).message}` }
   }
+  let reason = 'nothing was tried'
   for (const walls of candidates) {
-    const tried = await tryWalls(walls)
-    if (tried.version !== undefined) return { walls, version: tried.version }
-    reason = tried.reason
-  }
-  return { reason }
-}
-
-async function tryWalls(
-  walls: Walls,
-): Promise<{ version: string } | { version?: undefined; reason: string }> {
-  const pool = new Pool(walls, { min: 1, max: 1, idleMs: 60_000 })
-  try {
-    const deadline = AbortSignal.timeout(probeMs)
-    const outcome = await pool.prepare(probeJob()).run(deadline, () => {})
-    if (outcome.status === 'completed' && outcome.output === '2') return { version: pool.version }
-    return { reason: describe(outcome) }
-  } finally {
+    const pool = new Pool(walls, poolOptions)
+    const outcome = await pool.prepare(probeJob()).run(AbortSignal.timeout(probeMs), () => {})
+    if (outcome.status === 'completed' && outcome.output === '2')
+      return { pool, capabilities: capabilitiesOf(walls, pool.version) }
+    reason = describe(outcome)
     await pool.close()
   }
+  return { reason }
 }
 
 const describe = (outcome: Outcome) =>

@@ -48,7 +48,7 @@ export class Pool {
   #failures = 0
   #lastFailure = ''
   #closed = false
-  #onGone: (() => void) | undefined
+  #onChange: (() => void) | undefined
 
   constructor(walls: Walls, options: PoolOptions) {
     this.#walls = walls
@@ -127,6 +127,20 @@ export class Pool {
     this.#watch ??= setInterval(this.#look, watchMs)
   }
 
+  /** Settles when `min` children are ready, or one of them could not be started. */
+  filled(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#onChange = () => {
+        let ready = 0
+        for (const child of this.#children) if (child.ready) ready++
+        if (ready < this.#options.min && this.#failures === 0) return
+        this.#onChange = undefined
+        resolve()
+      }
+      this.#onChange()
+    })
+  }
+
   async close(): Promise<void> {
     this.#closed = true
     clearTimeout(this.#patience)
@@ -137,7 +151,7 @@ export class Pool {
     for (const child of this.#children) child.kill('retired')
     if (this.#children.size > 0)
       await new Promise<void>((resolve) => {
-        this.#onGone = () => {
+        this.#onChange = () => {
           if (this.#children.size === 0) resolve()
         }
       })
@@ -160,6 +174,7 @@ export class Pool {
       onReady: (ready) => {
         this.#failures = 0
         this.giveBack(ready)
+        this.#onChange?.()
       },
       onGone: (gone) => this.#lost(gone),
     })
@@ -170,10 +185,10 @@ export class Pool {
     this.#children.delete(child)
     const at = this.#idle.indexOf(child)
     if (at >= 0) this.#idle.splice(at, 1)
-    this.#onGone?.()
+    if (!child.ready) this.#failures++
+    this.#onChange?.()
     if (this.#closed) return
     if (!child.ready) {
-      this.#failures++
       this.#lastFailure = `a sandbox could not be started: ${child.exit}${child.stderr === '' ? '' : `: ${child.stderr.trim().slice(-500)}`}`
       if (this.#failures >= 3 && this.#children.size === 0)
         for (const attempt of this.#waiting.splice(0)) attempt.unavailable(this.#lastFailure)

@@ -13,7 +13,7 @@ export function makeInspect(): Inspect {
     uncurry(Object.getOwnPropertyDescriptor(object, key)!.get as () => unknown)
   const { ownKeys, getOwnPropertyDescriptor, getPrototypeOf } = Reflect
   const { isArray } = Array
-  const { isNaN } = Number
+  const isInvalid = Number.isNaN
   const { stringify } = JSON
   const { String: toText, Error: BaseError } = globalThis
   const isError = (BaseError as unknown as { isError(value: unknown): boolean }).isError
@@ -195,7 +195,7 @@ export function makeInspect(): Inspect {
         })
       } else if (tag === '[object Date]') {
         const time = dateTime(value) as number
-        return isNaN(time) ? 'Invalid Date' : (dateText(value) as string)
+        return isInvalid(time) ? 'Invalid Date' : (dateText(value) as string)
       } else if (tag === '[object RegExp]') return regexpText(value) as string
       else if (tag === '[object ArrayBuffer]') items[0] = `byteLength: ${bufferLength(value)}`
       else if (typedTag(value) !== undefined) {

@@ -1,0 +1,42 @@
+/** What the dispatcher has at hand right now; each part may be missing for a while. */
+import type { Blobs } from '../shared/blobs.ts'
+import type { Bus } from '../shared/bus.ts'
+import { Problem } from '../shared/errors.ts'
+import { type Database } from './database.ts'
+import { Changes, Progress } from './progress.ts'
+
+export class Live {
+  bus: Bus | undefined
+  blobs: Blobs | undefined
+  database: Database | undefined
+  /** Why the database takes no writes; undefined while it does. */
+  databaseTrouble: string | undefined = 'it is not open yet'
+  /** Of the event and of the log stream. */
+  readonly events = new Progress()
+  readonly logs = new Progress()
+  readonly changes = new Changes()
+
+  get connectedBus(): Bus | undefined {
+    return this.bus?.connected ? this.bus : undefined
+  }
+
+  /** Runs a read; whatever keeps the database from answering becomes `database_unavailable`. */
+  async read<T>(act: (database: Database) => Promise<T>): Promise<T> {
+    const { database } = this
+    if (database === undefined) throw unavailable(this.databaseTrouble)
+    try {
+      return await act(database)
+    } catch (cause) {
+      if (cause instanceof Problem) throw cause
+      database.failed(cause)
+      throw unavailable('a query failed', cause)
+    }
+  }
+}
+
+const unavailable = (reason: string | undefined, cause?: unknown) =>
+  new Problem('database_unavailable', {
+    detail: `the database cannot answer now: ${reason ?? 'it is being opened'}`,
+    retryAfterS: 1,
+    cause,
+  })
