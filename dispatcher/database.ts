@@ -40,7 +40,8 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
   if (path !== undefined) {
     await mkdir(dirname(path), { recursive: true })
     // A write-ahead log without its database belongs to one that was deleted.
-    if ((await inode(path)) === undefined) for (const end of ['-wal', '-shm']) await rm(path + end, { force: true })
+    if ((await inode(path)) === undefined)
+      for (const end of ['-wal', '-shm']) await rm(path + end, { force: true })
   }
   const client = createClient({
     url: path === undefined ? url : `file:${path}`,
@@ -63,7 +64,8 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
       path === undefined
         ? undefined
         : setInterval(async () => {
-            if ((await inode(path)) !== opened) lost.abort(new Error('the database file was deleted or replaced'))
+            if ((await inode(path)) !== opened)
+              lost.abort(new Error('the database file was deleted or replaced'))
           }, watchMs)
     return {
       client,
@@ -109,7 +111,8 @@ const fetchInTime = (request: Request) => fetch(request, { signal: AbortSignal.t
 const causes = function* (error: unknown): Generator<unknown> {
   for (let at = error; at !== undefined && at !== null; at = (at as Error).cause) yield at
 }
-const messages = (error: unknown): string => [...causes(error)].map((one) => (one as Error).message).join(': ')
+const messages = (error: unknown): string =>
+  [...causes(error)].map((one) => (one as Error).message).join(': ')
 const codeOf = (error: unknown): string | undefined =>
   [...causes(error)].find((one): one is LibsqlError => one instanceof LibsqlError)?.code
 

@@ -11,7 +11,10 @@ import { workloads } from './schema.ts'
 /** Milliseconds a read waits for the fold to reach what the stream holds. */
 const catchUpMs = 5_000
 
-export type FoundRow = Pick<typeof workloads.$inferSelect, 'status' | 'lastSeq' | 'record' | 'output' | 'spec'>
+export type FoundRow = Pick<
+  typeof workloads.$inferSelect,
+  'status' | 'lastSeq' | 'record' | 'output' | 'spec'
+>
 
 export async function findRow(live: Live, id: WorkloadId): Promise<FoundRow | undefined> {
   const [row] = await live.read(({ orm }) =>

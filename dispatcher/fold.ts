@@ -1,5 +1,5 @@
 /** The event stream as rows: one per workload, moved by the lifecycle’s fold and by nothing else. */
-import { type InStatement, type InValue } from '@libsql/client'
+import type { InStatement, InValue } from '@libsql/client'
 import { getTableColumns, sql } from 'drizzle-orm'
 import { eventSchemas, type LifecycleEvent } from '../shared/events.ts'
 import type { StoredMessage } from '../shared/follow.ts'
@@ -69,7 +69,8 @@ export function upsert(known: Iterable<Known>): InStatement[] {
   let args: InValue[] = []
   const flush = () => {
     const rows = args.length / names.length
-    if (rows > 0) statements.push({ sql: upsertHead + Array(rows).fill(rowHolder).join(', ') + upsertTail, args })
+    if (rows > 0)
+      statements.push({ sql: upsertHead + Array(rows).fill(rowHolder).join(', ') + upsertTail, args })
     args = []
   }
   for (const one of known) {
@@ -91,9 +92,12 @@ export function parseEvent(message: StoredMessage): Parsed {
     const parsed = eventSchemas.late.safeParse(raw)
     return parsed.success && parsed.data.subject === workload ? { late: parsed.data.data.status } : undefined
   }
-  if (kind === undefined || kind === 'late' || kind === 'log' || !Object.hasOwn(eventSchemas, kind)) return undefined
+  if (kind === undefined || kind === 'late' || kind === 'log' || !Object.hasOwn(eventSchemas, kind))
+    return undefined
   const parsed = eventSchemas[kind as keyof typeof eventSchemas].safeParse(raw)
-  return parsed.success && parsed.data.subject === workload ? { event: parsed.data as LifecycleEvent } : undefined
+  return parsed.success && parsed.data.subject === workload
+    ? { event: parsed.data as LifecycleEvent }
+    : undefined
 }
 
 export function eventProjection(log: Logger): Projection {
@@ -135,7 +139,8 @@ export function eventProjection(log: Logger): Projection {
       const parsed = messages.map(parseEvent)
       const unknown = new Set<string>()
       for (const one of parsed)
-        if (one !== undefined && 'event' in one && !recent.has(one.event.subject)) unknown.add(one.event.subject)
+        if (one !== undefined && 'event' in one && !recent.has(one.event.subject))
+          unknown.add(one.event.subject)
       const stored = await readKnown(database, unknown)
 
       const changed = new Map<string, Known>()

@@ -1,7 +1,7 @@
 /** `GET /v1/workloads`: newest first. A page ends at a sequence, so what comes in meanwhile moves nothing. */
 import { and, desc, eq, exists, gte, inArray, lt, type SQL, sql } from 'drizzle-orm'
 import { toWorkload } from '../shared/lifecycle.ts'
-import { type ListQuery, type ListedWorkload, nextCursor, type WorkloadList } from '../shared/reads.ts'
+import { type ListedWorkload, type ListQuery, nextCursor, type WorkloadList } from '../shared/reads.ts'
 import type { Database } from './database.ts'
 import { toRecord } from './fold.ts'
 import { workloadLabels, workloads } from './schema.ts'
@@ -33,7 +33,14 @@ export async function listWorkloads({ orm }: Database, query: ListQuery): Promis
     const { acceptedSeq, name, value } = workloadLabels
     const same = [eq(acceptedSeq, workloads.acceptedSeq), eq(name, label.name)]
     if (label.value !== null) same.push(eq(value, label.value))
-    filters.push(exists(orm.select({ one: sql`1` }).from(workloadLabels).where(and(...same))))
+    filters.push(
+      exists(
+        orm
+          .select({ one: sql`1` })
+          .from(workloadLabels)
+          .where(and(...same)),
+      ),
+    )
   }
 
   const fields = { acceptedSeq: workloads.acceptedSeq, record: workloads.record }

@@ -2,7 +2,7 @@
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import { Problem } from '../shared/errors.ts'
-import { type Database } from './database.ts'
+import type { Database } from './database.ts'
 import { Changes, Progress } from './progress.ts'
 
 export class Live {

@@ -1,12 +1,12 @@
 /** Reading a workload’s log lines back: the entries of its batches, and whether all of them are there. */
-import { and, asc, eq, gte, max, min } from 'drizzle-orm'
+import { and, asc, eq, gte, max } from 'drizzle-orm'
 import { BusUnavailable } from '../shared/errors.ts'
 import { hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
 import { type LogEntry, type LogGap, type LogPage, type LogPlace, logId, logStart } from '../shared/reads.ts'
 import { logSubject } from '../shared/subjects.ts'
 import { LOGS } from '../shared/topology.ts'
 import type { LogLine, WorkloadId } from '../shared/workload.ts'
-import { type FoundRow, findRow } from './find.ts'
+import type { FoundRow } from './find.ts'
 import type { Live } from './live.ts'
 import { logBatches } from './schema.ts'
 
@@ -33,7 +33,7 @@ export interface Entries {
 }
 
 /** What the next batches hold behind `place`. `more` with no entries is possible: such batches are empty. */
-export async function entriesAfter(live: Live, id: WorkloadId, place: LogPlace, logsKeptMs: number): Promise<Entries> {
+export async function entriesAfter(live: Live, id: WorkloadId, place: LogPlace): Promise<Entries> {
   const batches = await live.read(({ orm }) =>
     orm
       .select({
@@ -57,7 +57,6 @@ export async function entriesAfter(live: Live, id: WorkloadId, place: LogPlace, 
   )
   const last = left.at(-1)
   if (last === undefined) return { entries: [], place, more: false }
-  void logsKeptMs
   return {
     entries: left.flatMap((batch) =>
       entriesOf(batch, batch === first).filter(
@@ -99,7 +98,7 @@ export async function settleLogs(
   const arrived = async () => {
     const [row] = await live.read(({ orm }) =>
       orm
-        .select({ n: max(logBatches.n), seq: max(logBatches.seq), first: min(logBatches.n) })
+        .select({ n: max(logBatches.n), seq: max(logBatches.seq) })
         .from(logBatches)
         .where(and(eq(logBatches.workload, id), eq(logBatches.attempt, attempts))),
     )
@@ -162,7 +161,7 @@ export async function logPage(
   const lines: LogEntry[] = []
   let place = from ?? logStart
   for (;;) {
-    const next = await entriesAfter(live, id, place, logsKeptMs)
+    const next = await entriesAfter(live, id, place)
     if (!next.more) break
     place = next.place
     lines.push(...next.entries)
@@ -175,5 +174,3 @@ export async function logPage(
   const last = page.at(-1)?.id ?? (from === undefined ? null : logId(from))
   return { lines: page, next_cursor: complete ? null : last, complete }
 }
-
-export { findRow }

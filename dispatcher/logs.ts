@@ -87,7 +87,10 @@ const empty: Tally = { lines: 0, bytes: 0, attempts: new Map() }
 export function logProjection(limits: LogLimits, log: Logger): Projection {
   const recent = new Map<string, Tally>()
   const sayInvalid = rarely((message: StoredMessage) =>
-    log.warn({ seq: message.seq, subject: message.subject }, 'skipped a message that is not a valid log batch'),
+    log.warn(
+      { seq: message.seq, subject: message.subject },
+      'skipped a message that is not a valid log batch',
+    ),
   )
   return {
     stream: LOGS,
@@ -181,7 +184,19 @@ function insert(rows: Row[]): InStatement[] {
     const some = rows.slice(i, i + rowsPerStatement)
     const args: InValue[] = []
     for (const r of some)
-      args.push(r.seq, r.workload, r.attempt, r.n, r.missing, r.lineCount, r.bytes, r.dropped, r.droppedByRunner, r.at, r.lines)
+      args.push(
+        r.seq,
+        r.workload,
+        r.attempt,
+        r.n,
+        r.missing,
+        r.lineCount,
+        r.bytes,
+        r.dropped,
+        r.droppedByRunner,
+        r.at,
+        r.lines,
+      )
     const values = some.map(() => holder).join(', ')
     statements.push({ sql: `INSERT OR IGNORE INTO log_batches (${names}) VALUES ${values}`, args })
   }

@@ -68,7 +68,8 @@ export class Changes {
     this.#listeners.set(workload, listeners.add(listener))
     return () => {
       listeners.delete(listener)
-      if (listeners.size === 0 && this.#listeners.get(workload) === listeners) this.#listeners.delete(workload)
+      if (listeners.size === 0 && this.#listeners.get(workload) === listeners)
+        this.#listeners.delete(workload)
     }
   }
 

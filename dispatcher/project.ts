@@ -6,7 +6,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import type { InStatement } from '@libsql/client'
 import { eq } from 'drizzle-orm'
 import type { Bus } from '../shared/bus.ts'
-import { Follower, type StoredMessage, StreamReplaced, type StreamPlace } from '../shared/follow.ts'
+import { Follower, type StoredMessage, type StreamPlace, StreamReplaced } from '../shared/follow.ts'
 import type { Logger } from '../shared/process.ts'
 import { type Database, isHopeless } from './database.ts'
 import type { Changes, Progress } from './progress.ts'
@@ -166,7 +166,8 @@ async function persist<T>(context: ProjectContext, signal: AbortSignal, act: () 
       database.failed(error)
       if (isHopeless(error)) throw error
       trouble(error)
-      if (tries % 20 === 0) log.warn({ stream: projection.stream, err: error }, 'the database does not take writes')
+      if (tries % 20 === 0)
+        log.warn({ stream: projection.stream, err: error }, 'the database does not take writes')
       await delay(Math.min(2_000, 20 * 2 ** tries), undefined, { signal })
     }
   }

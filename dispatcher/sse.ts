@@ -73,7 +73,7 @@ async function* sseChunks(
     for (;;) {
       changed = false
       for (;;) {
-        const next = await entriesAfter(live, id, place, logsKeptMs)
+        const next = await entriesAfter(live, id, place)
         if (signal.aborted) return
         if (!next.more) break
         place = next.place
@@ -86,7 +86,7 @@ async function* sseChunks(
         const record: WorkloadRecord = JSON.parse(row.record)
         const gap = await settleLogs(live, record, logsKeptMs, signal)
         if (signal.aborted) return
-        if ((await entriesAfter(live, id, place, logsKeptMs)).more) continue
+        if ((await entriesAfter(live, id, place)).more) continue
         const end: LogEnd = { status: record.status, cause: record.cause }
         yield `${gap === undefined ? '' : toEvent(gap)}event: end\ndata: ${JSON.stringify(end)}\n\n`
         return

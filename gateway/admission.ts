@@ -1,17 +1,21 @@
 /** From a request body to a stored `accepted` event, or a clear refusal with nothing stored. */
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
-import { BusUnavailable, fieldPath, Problem, StreamFull } from '../shared/errors.ts'
+import { BusUnavailable, fieldPath, Problem } from '../shared/errors.ts'
 import { type AcceptedEvent, makeEvent } from '../shared/events.ts'
 import { derivedWorkloadId, newWorkloadId, sha256Hex } from '../shared/ids.ts'
 import { acceptedSubject } from '../shared/subjects.ts'
 import { continueTrace } from '../shared/trace.ts'
 import { type BlobRef, type WorkloadId, WorkloadSpec } from '../shared/workload.ts'
-import { route } from './routing.ts'
 import type { Roster } from './roster.ts'
+import { route } from './routing.ts'
 
-/** Bodies above this (bytes) have their code and input stored as a blob: a message holds 1 MiB. */
+/** Specs above this (bytes of JSON) have their code and input stored as a blob: a message holds 1 MiB. */
 const inlineBytes = 512 * 1024
+/** The most times that a body can grow by being parsed and written again: `1e20` becomes 21 digits. */
+const growth = 6
+/** No more wrong fields than this are listed. */
+const listedErrors = 20
 
 /** All clients share one namespace until tenants come. */
 const namespace = 'default'
@@ -49,6 +53,7 @@ export function parseSpec(value: unknown): WorkloadSpec {
     return [{ field: fieldPath(issue.path), detail: describe(issue) }]
   })
   const [first] = errors
+  errors.length = Math.min(errors.length, listedErrors)
   throw new Problem('invalid_field', {
     detail: errors.map(({ field, detail }) => (field === '' ? detail : `${field}: ${detail}`)).join('; '),
     field: first?.field,
@@ -87,6 +92,7 @@ export async function prepare(
       detail: `there is no secret ${spec.secrets[0]}`,
       field: 'secrets[0]',
     })
+  if (!context.bus.connected) throw new BusUnavailable('not connected')
   const { isolation, reason } = route(spec, context.roster.backend)
   const id =
     headers.idempotencyKey === undefined
@@ -94,8 +100,8 @@ export async function prepare(
       : derivedWorkloadId(namespace, headers.idempotencyKey)
   const { code, input, ...rest } = spec
   let payload: BlobRef | null = null
-  if (body.byteLength > inlineBytes && (code !== undefined || input !== undefined)) {
-    // The client’s own text is the only copy of a deeply nested input that is sure to serialise.
+  if (body.byteLength > inlineBytes / growth && Buffer.byteLength(stringify(spec)) > inlineBytes) {
+    checkRest(rest)
     payload = await context.blobs.put(Buffer.from(stringify({ code, input })))
   }
   const trace = continueTrace(headers.traceparent)
@@ -118,13 +124,30 @@ export async function prepare(
   return { id, event }
 }
 
+/** What is left beside code and input always travels in the message itself. */
+function checkRest(rest: Omit<WorkloadSpec, 'code' | 'input'>): void {
+  const sizes = Object.entries(rest).map(([field, value]) => ({
+    field,
+    size: stringify(value ?? null).length,
+  }))
+  if (Buffer.byteLength(stringify(rest)) <= inlineBytes) return
+  const [largest] = sizes.sort((a, b) => b.size - a.size)
+  throw new Problem('invalid_field', {
+    detail: `without code and input a spec may have at most ${inlineBytes / 1024} KiB`,
+    field: largest!.field,
+  })
+}
+
 function stringify(value: unknown): string {
   try {
     return JSON.stringify(value)
   } catch (cause) {
-    throw new Problem('invalid_field', { detail: 'input is nested too deeply', field: 'input', cause })
+    throw tooDeep(cause)
   }
 }
+
+const tooDeep = (cause: unknown) =>
+  new Problem('invalid_field', { detail: 'input is nested too deeply', field: 'input', cause })
 
 /**
  * Publishes the `accepted` event: from here on the workload exists. `wanted`: this gateway waits for the end.
@@ -139,43 +162,27 @@ export async function admit(
   const { id, event } = candidate
   const subject = acceptedSubject(id, event.data.isolation, event.data.target)
   const options = wanted ? { replyTo: context.gatewayId } : {}
-  try {
-    for (let tries = 1; ; tries++) {
-      if (!bus.connected) throw new BusUnavailable('not connected')
-      try {
-        const published = await bus.publishEvent(subject, event, 0, options)
-        if (published.stored) return { outcome: 'accepted', seq: published.seq }
-        const stored = await bus.acceptedEvent(id)
-        if (stored === undefined) throw new BusUnavailable('the accepted event cannot be read back')
-        const first = stored.event as AcceptedEvent
-        if (first.source === event.source && first.time === event.time)
-          return { outcome: 'accepted', seq: stored.seq }
-        if (first.data.request_sha256 === event.data.request_sha256)
-          return { outcome: 'known', event: first, seq: stored.seq }
-        throw new Problem('idempotency_conflict', {
-          detail: `the key stands for workload ${id}, whose body was another`,
-          field: 'Idempotency-Key',
-        })
-      } catch (error) {
-        // Unknown outcome: asking again is safe, since the first one to be stored wins.
-        if (!(error instanceof BusUnavailable) || tries === 3 || !bus.connected) throw error
-      }
+  for (let tries = 1; ; tries++) {
+    if (!bus.connected) throw new BusUnavailable('not connected')
+    try {
+      const published = await bus.publishEvent(subject, event, 0, options)
+      if (published.stored) return { outcome: 'accepted', seq: published.seq }
+      const stored = await bus.acceptedEvent(id)
+      if (stored === undefined) throw new BusUnavailable('the accepted event cannot be read back')
+      const first = stored.event as AcceptedEvent
+      // Each request has a span of its own.
+      if (first.source === event.source && first.traceparent === event.traceparent)
+        return { outcome: 'accepted', seq: stored.seq }
+      if (first.data.request_sha256 === event.data.request_sha256)
+        return { outcome: 'known', event: first, seq: stored.seq }
+      throw new Problem('idempotency_conflict', {
+        detail: `the key stands for workload ${id}, whose body was another`,
+        field: 'Idempotency-Key',
+      })
+    } catch (error) {
+      if (error instanceof RangeError) throw tooDeep(error)
+      // Unknown outcome: asking again is safe, since the first one to be stored wins.
+      if (!(error instanceof BusUnavailable) || tries === 3 || !bus.connected) throw error
     }
-  } catch (error) {
-    if (error instanceof BusUnavailable)
-      throw new Problem('bus_unavailable', {
-        detail: 'the request could not be stored; with an Idempotency-Key it is safe to send again',
-        retryAfterS: 1,
-        cause: error,
-      })
-    if (error instanceof StreamFull)
-      throw new Problem('storage_full', { detail: error.message, retryAfterS: 10, cause: error })
-    if (error instanceof RangeError)
-      throw new Problem('invalid_field', {
-        detail: 'input is nested too deeply',
-        field: 'input',
-        cause: error,
-      })
-    throw error
   }
 }

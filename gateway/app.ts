@@ -2,7 +2,7 @@
 import type { HttpBindings } from '@hono/node-server'
 import { Hono } from 'hono'
 import type { ContentfulStatusCode } from 'hono/utils/http-status'
-import { Problem } from '../shared/errors.ts'
+import { BusUnavailable, Problem, StreamFull } from '../shared/errors.ts'
 import { eventJsonSchemas } from '../shared/events.ts'
 import type { Logger } from '../shared/process.ts'
 import { openApiDocument } from './openapi.ts'
@@ -12,18 +12,30 @@ export interface AppOptions extends WorkloadRoutes {
   log: Logger
 }
 
+const methods = ['GET', 'POST', 'PUT', 'PATCH', 'DELETE']
+
+function asProblem(error: Error): Problem {
+  if (error instanceof Problem) return error
+  if (error instanceof BusUnavailable)
+    return new Problem('bus_unavailable', {
+      detail: `${error.message}; with an Idempotency-Key it is safe to send again`,
+      retryAfterS: 1,
+      cause: error,
+    })
+  if (error instanceof StreamFull)
+    return new Problem('storage_full', { detail: error.message, retryAfterS: 10, cause: error })
+  return new Problem('internal', {
+    detail: 'the request failed inside vulcan; see the gateway’s log',
+    cause: error,
+  })
+}
+
 export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }> {
   const { bus, roster, reads, log } = options
   const app = new Hono<{ Bindings: HttpBindings }>()
 
   app.onError((error, c) => {
-    const problem =
-      error instanceof Problem
-        ? error
-        : new Problem('internal', {
-            detail: 'the request failed inside vulcan; see the gateway’s log',
-            cause: error,
-          })
+    const problem = asProblem(error)
     if (problem.status >= 500 && problem.code === 'internal')
       log.error({ err: error, path: c.req.path }, 'request failed')
     if (problem.retryAfterS !== undefined) c.header('Retry-After', String(problem.retryAfterS))
@@ -34,6 +46,13 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
     })
   })
   app.notFound((c) => {
+    const allowed = methods.filter((method) =>
+      app.router.match(method, c.req.path)[0].some(([[, route]]) => route.method === method),
+    )
+    if (allowed.length > 0) {
+      c.header('Allow', allowed.join(', '))
+      throw new Problem('method_not_allowed', { detail: `${c.req.path} takes ${allowed.join(', ')}` })
+    }
     throw new Problem('not_found', { detail: `there is no ${c.req.method} ${c.req.path}; see /openapi.json` })
   })
 

@@ -22,16 +22,21 @@ export async function withBody<T>(c: Context, limit: number, use: (body: Buffer)
   if (declared > limit) throw tooLarge(limit)
   if (declared <= largeBytes) return await use(Buffer.from(await c.req.arrayBuffer()))
 
-  const reserved = Number.isNaN(declared) ? limit : declared
-  if (held + reserved > budgetBytes)
-    throw new Problem('overloaded', { detail: 'too many large bodies are being received', retryAfterS: 1 })
-  held += reserved
+  let reserved = 0
+  const reserve = (bytes: number) => {
+    if (held + bytes > budgetBytes)
+      throw new Problem('overloaded', { detail: 'too many large bodies are being received', retryAfterS: 1 })
+    held += bytes
+    reserved += bytes
+  }
   try {
+    if (declared > 0) reserve(declared)
     const chunks: Uint8Array[] = []
     let size = 0
     for await (const chunk of c.req.raw.body ?? []) {
       size += chunk.byteLength
       if (size > limit) throw tooLarge(limit)
+      if (size > reserved) reserve(chunk.byteLength)
       chunks.push(chunk)
     }
     return await use(Buffer.concat(chunks))

@@ -1,8 +1,8 @@
 /** Stopping a workload: a pending one never starts, a running one is ended by the runner that has it. */
 import { setTimeout as delay } from 'node:timers/promises'
 import type { Bus } from '../shared/bus.ts'
-import { Problem } from '../shared/errors.ts'
-import { type End, type EndEvent, makeEvent, type Origin } from '../shared/events.ts'
+import { BusUnavailable } from '../shared/errors.ts'
+import { type End, type EndEvent, type LifecycleEvent, makeEvent, type Origin } from '../shared/events.ts'
 import { standing } from '../shared/lifecycle.ts'
 import { controlSubject, eventSubject } from '../shared/subjects.ts'
 import type { WorkloadId } from '../shared/workload.ts'
@@ -40,34 +40,49 @@ export async function kill(
   isLost: (runner: string) => boolean,
   origin: Origin,
 ): Promise<EndEvent | undefined> {
-  const deadline = Date.now() + patienceMs
+  const patience = AbortSignal.timeout(patienceMs)
   /** The attempt whose runner has answered. */
   let told: number | undefined
-  while (Date.now() < deadline) {
+  while (!patience.aborted) {
     const last = await bus.lastEvent(id)
     if (last === undefined) return undefined
     const now = standing(last.event)
     if (now.at === 'ended') return now.event
     if (now.at === 'pending') {
       const event = killedBy(id, { attempt: now.attempts, runner: null, started_at: null }, origin)
-      const stored = await bus.settleEvent(eventSubject(id, 'killed'), event, last.seq)
-      if (stored.stored) return event
+      if (await settled(event, last.seq)) return event
       continue
     }
     if (told !== now.attempts) {
       const answer = await bus.ask(controlSubject(id), '{"action":"kill"}', askMs)
       if (answer !== undefined) told = now.attempts
     }
-    if (told !== now.attempts && isLost(now.runner)) {
+    if (isLost(now.runner)) {
       // Its lease is over, so it no longer runs there; nobody else is left to say so.
       const event = killedBy(
         id,
         { attempt: now.attempts, runner: now.runner, started_at: now.startedAt },
         origin,
       )
-      if ((await bus.settleEvent(eventSubject(id, 'killed'), event, last.seq)).stored) return event
+      if (await settled(event, last.seq)) return event
     }
     await delay(told === now.attempts ? 10 : 100)
   }
-  throw new Problem('bus_unavailable', { detail: 'the runner has not answered the kill yet', retryAfterS: 5 })
+  throw new BusUnavailable('the runner has not answered the kill yet')
+
+  /** False when somebody else was first. */
+  async function settled(event: EndEvent, expected: number): Promise<boolean> {
+    try {
+      const stored = await bus.settleEvent(
+        eventSubject(id, 'killed'),
+        event as LifecycleEvent,
+        expected,
+        patience,
+      )
+      return stored.stored
+    } catch (cause) {
+      if (patience.aborted) throw new BusUnavailable('the kill could not be stored', { cause })
+      throw cause
+    }
+  }
 }

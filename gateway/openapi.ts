@@ -152,12 +152,26 @@ const paths: ZodOpenApiPathsObject = {
       responses: { '200': answers('Statistics', z.looseObject({})), '503': unavailable },
     },
   },
+  '/v1/schemas/events': {
+    get: {
+      summary: 'The public events',
+      responses: {
+        '200': answers(
+          'Kinds and where their schemas are',
+          z.object({ schemas: z.array(z.object({ kind: z.string(), url: z.string() })) }),
+        ),
+      },
+    },
+  },
   '/v1/schemas/events/{kind}': {
     get: {
       summary: 'JSON Schema of a public event',
       requestParams: { path: z.object({ kind: z.string() }) },
       responses: { '200': answers('The schema', z.looseObject({})), '404': problem('No such event') },
     },
+  },
+  '/openapi.json': {
+    get: { summary: 'This document', responses: { '200': answers('OpenAPI 3.1', z.looseObject({})) } },
   },
   '/healthz': {
     get: { summary: 'Liveness', responses: { '200': answers('Alive', z.object({ ok: z.boolean() })) } },

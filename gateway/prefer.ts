@@ -13,7 +13,9 @@ export function parsePrefer(header: string | undefined): Preference {
   let waitS: number | undefined
   const applied: string[] = []
   for (const part of header.split(',')) {
+    // What follows a semicolon are parameters, which these two preferences do not have.
     const [name = '', value] = part
+      .replace(/;.*/, '')
       .trim()
       .toLowerCase()
       .split(/\s*=\s*/)
@@ -21,8 +23,9 @@ export function parsePrefer(header: string | undefined): Preference {
       waitS ??= 0
       applied.push('respond-async')
     } else if (name === 'wait') {
-      const seconds = Number(value?.replaceAll('"', ''))
-      if (!Number.isFinite(seconds) || seconds < 0 || value === '')
+      const text = value?.replaceAll('"', '') ?? ''
+      const seconds = Number(text)
+      if (!/^\d+(\.\d+)?$/.test(text))
         throw new Problem('invalid_header', {
           detail: 'Prefer: wait must be a number of seconds',
           field: 'Prefer',

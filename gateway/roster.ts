@@ -2,7 +2,7 @@
  * Who can run what: live runners by their heartbeats, and each isolation’s last known capabilities from the KV
  * bucket, so that work for an isolation whose runner is just being restarted is queued and not refused.
  */
-import { type Backend, Heartbeat, lostAfterMs } from '../shared/backends.ts'
+import { type Backend, Heartbeat, knownForMs, lostAfterMs } from '../shared/backends.ts'
 import type { Bus } from '../shared/bus.ts'
 import { allRunners, rollCallSubject } from '../shared/subjects.ts'
 import { Isolation } from '../shared/workload.ts'
@@ -24,8 +24,8 @@ export interface Roster {
 
 export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
   const live = new Map<string, { beat: Heartbeat; at: number }>()
-  const known = new Map<Isolation, Heartbeat>()
-  const since = Date.now()
+  const known = new Map<Isolation, { beat: Heartbeat; at: number }>()
+  let since = Date.now()
 
   const parse = (text: string): Heartbeat | undefined => {
     try {
@@ -47,16 +47,25 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
       if (!isolation.success) continue
       const beat = entry.operation === 'PUT' ? parse(entry.string()) : undefined
       if (beat === undefined) known.delete(isolation.data)
-      else known.set(isolation.data, beat)
+      else known.set(isolation.data, { beat, at: entry.created.getTime() })
     }
   })()
   bus.send(rollCallSubject, '')
+  // Nobody can be heard while the bus is away: silence counts from its return on.
+  const unwatch = bus.onConnection((connected) => {
+    if (!connected) return
+    since = Date.now()
+    for (const one of live.values()) one.at = since
+    bus.send(rollCallSubject, '')
+  })
   const timer = setInterval(() => {
+    if (!bus.connected) return
     for (const [runner, { at }] of live) if (Date.now() - at > lostAfterMs) live.delete(runner)
   }, 1_000)
 
   const backend = (isolation: Isolation): Backend => {
-    let best = known.get(isolation)
+    const last = known.get(isolation)
+    let best = last !== undefined && Date.now() - last.at < knownForMs ? last.beat : undefined
     const runners = []
     for (const { beat, at } of live.values()) {
       if (beat.isolation !== isolation) continue
@@ -83,6 +92,7 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
     lost: (runner) => !live.has(runner) && Date.now() - since > lostAfterMs,
     close() {
       clearInterval(timer)
+      unwatch()
       heartbeats.unsubscribe()
       watch.stop()
     },

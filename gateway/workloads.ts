@@ -1,7 +1,7 @@
 /** The routes that make, wait for, stop and repeat workloads. */
 import type { HttpBindings } from '@hono/node-server'
 import { type Context, Hono } from 'hono'
-import { BusUnavailable, Problem } from '../shared/errors.ts'
+import { Problem } from '../shared/errors.ts'
 import { type AcceptedEvent, type EndEvent, isEnd, makeEvent } from '../shared/events.ts'
 import { newWorkloadId } from '../shared/ids.ts'
 import { begin, finish, toWorkload, type WorkloadRecord } from '../shared/lifecycle.ts'
@@ -25,6 +25,8 @@ export interface WorkloadRoutes extends AdmissionContext {
 
 type C = Context<{ Bindings: HttpBindings }>
 
+const inBackground: Preference = { waitS: 0, applied: undefined }
+
 export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBindings }> {
   const { bus, waits, reads, roster } = routes
   const app = new Hono<{ Bindings: HttpBindings }>()
@@ -33,11 +35,15 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
   // An id that is none never reaches a subject.
   app.use('/:id/*', async (c, next) => {
     const id = c.req.param('id')
-    if (id !== 'async' && !WorkloadId.safeParse(id).success) throw notFound(id)
+    const isAsync = id === 'async' && c.req.method === 'POST'
+    if (!isAsync && !WorkloadId.safeParse(id).success) throw notFound(id)
     await next()
   })
-  app.post('/', async (c) => run(c, await candidateOf(c), parsePrefer(c.req.header('prefer'))))
-  app.post('/async', async (c) => run(c, await candidateOf(c), { waitS: 0, applied: undefined }))
+  app.post('/', async (c) => {
+    const preference = parsePrefer(c.req.header('prefer'))
+    return run(c, await candidateOf(c), preference)
+  })
+  app.post('/async', async (c) => run(c, await candidateOf(c), inBackground))
 
   app.get('/', (c) => reads.forward(c))
   app.get('/:id', (c) => reads.forward(c))
@@ -45,7 +51,7 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
 
   const stop = async (c: C) => {
     const id = c.req.param('id')!
-    const end = await whenBusAnswers(() => kill(bus, id, roster.lost, origin))
+    const end = await kill(bus, id, roster.lost, origin)
     if (end === undefined) return c.json(await known(id))
     waits.settle(id, end)
     return c.json(await ended(id, end))
@@ -54,9 +60,8 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
   app.delete('/:id', stop)
 
   app.post('/:id/rerun', async (c) => {
-    const first = (await whenBusAnswers(() => bus.acceptedEvent(c.req.param('id'))))?.event as
-      | AcceptedEvent
-      | undefined
+    const preference = parsePrefer(c.req.header('prefer'))
+    const first = (await bus.acceptedEvent(c.req.param('id')))?.event as AcceptedEvent | undefined
     const record = first === undefined ? await recordOf(c.req.param('id')) : undefined
     const trace = continueTrace(c.req.header('traceparent'))
     const id = newWorkloadId()
@@ -79,7 +84,7 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
     ) as AcceptedEvent
     if (from.payload !== null && (await routes.blobs.size(from.payload.blob)) === undefined)
       throw new Problem('blob_not_found', { detail: `its payload ${from.payload.blob} is no longer stored` })
-    return run(c, { id, event }, { waitS: 0, applied: undefined, ...preferOf(c) })
+    return run(c, { id, event }, preference.applied === undefined ? inBackground : preference)
   })
 
   return app
@@ -92,11 +97,6 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
         traceparent: c.req.header('traceparent'),
       }),
     )
-  }
-
-  function preferOf(c: C): Partial<Preference> {
-    const header = c.req.header('prefer')
-    return header === undefined ? {} : parsePrefer(header)
   }
 
   /** Publishes, then answers with the end, or with 202 when it has not come in time. */
@@ -112,12 +112,14 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
       if (admitted.outcome === 'known') c.header('Idempotency-Replayed', 'true')
       let end: EndEvent | undefined
       if (admitted.outcome === 'known') {
-        const last = await whenBusAnswers(() => bus.lastEvent(id))
+        const last = await bus.lastEvent(id)
         if (last !== undefined && isEnd(last.event)) end = last.event
       }
       if (wait !== undefined) end ??= await patiently(c, wait, preference.waitS)
-      if (end !== undefined) return c.json(await answer(finish(record, end, admitted.seq + 1)))
+      const finished = end === undefined ? undefined : await answer(finish(record, end, admitted.seq + 1))
+      if (finished !== undefined && wanted) return c.json(finished)
       c.header('Location', `/v1/workloads/${id}`)
+      if (finished !== undefined) return c.json(finished, 202)
       if (!wanted && admitted.outcome === 'accepted') return c.json(toWorkload(record), 202)
       return c.json(
         (await reads.json<Workload>(`/v1/workloads/${id}`).catch(() => undefined)) ?? toWorkload(record),
@@ -138,6 +140,8 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
     const timer = setTimeout(wait.giveUp, seconds * 1_000)
     const { outgoing } = c.env
     outgoing.once('close', wait.giveUp)
+    // A client that went away earlier has said so already.
+    if (outgoing.closed || outgoing.destroyed) wait.giveUp()
     return wait.ended.finally(() => {
       clearTimeout(timer)
       outgoing.off('close', wait.giveUp)
@@ -147,12 +151,12 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
   /** The public answer, its output fetched where it stands in a blob. */
   async function answer(record: WorkloadRecord): Promise<Workload> {
     if (record.output_blob === null) return toWorkload(record)
-    const bytes = await whenBusAnswers(() => routes.blobs.get(record.output_blob!.blob))
+    const bytes = await routes.blobs.get(record.output_blob!.blob)
     return toWorkload(record, bytes === undefined ? null : JSON.parse(Buffer.from(bytes).toString()))
   }
 
   async function ended(id: WorkloadId, end: EndEvent): Promise<Workload> {
-    const accepted = await whenBusAnswers(() => bus.acceptedEvent(id))
+    const accepted = await bus.acceptedEvent(id)
     if (accepted === undefined) return await known(id)
     return await answer(finish(begin(accepted.event as AcceptedEvent, accepted.seq), end, accepted.seq + 1))
   }
@@ -171,13 +175,3 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
 }
 
 const notFound = (id: string) => new Problem('workload_not_found', { detail: `there is no workload ${id}` })
-
-async function whenBusAnswers<T>(ask: () => Promise<T>): Promise<T> {
-  try {
-    return await ask()
-  } catch (cause) {
-    if (cause instanceof BusUnavailable)
-      throw new Problem('bus_unavailable', { detail: cause.message, retryAfterS: 1, cause })
-    throw cause
-  }
-}

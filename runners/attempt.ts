@@ -28,6 +28,8 @@ import type { Job, Outcome, Prepared, Runner } from './runner.ts'
 
 /** Outputs larger than this (bytes of JSON) go through the object store: a message holds 1 MiB. */
 const inlineOutputBytes = 512 * 1024
+/** What is kept of an error’s message and stack (UTF-16 units); as JSON a unit may take 6 bytes. */
+const errorLength = 32 * 1024
 
 export type StopReason = 'killed' | 'timeout' | 'shutdown' | 'lease_lost'
 
@@ -240,8 +242,14 @@ function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadS
   switch (outcome.status) {
     case 'completed':
       return { kind: 'completed', output: outcome.output, exitCode: outcome.exitCode }
-    case 'failed':
-      return { kind: 'failed', cause: outcome.cause, error: outcome.error, exitCode: outcome.exitCode }
+    case 'failed': {
+      const { message, stack } = outcome.error
+      const error = {
+        message: message.slice(0, errorLength),
+        stack: stack === null ? null : stack.slice(0, errorLength),
+      }
+      return { kind: 'failed', cause: outcome.cause, error, exitCode: outcome.exitCode }
+    }
     case 'stopped': {
       const stopped = (kind: 'failed' | 'killed', cause: Cause, message: string): Verdict => ({
         kind,
@@ -309,7 +317,11 @@ async function toJob(
 ): Promise<Job | string> {
   let { code, input } = spec
   if (accepted.data.payload !== null) {
-    const bytes = await context.blobs.get(accepted.data.payload.blob)
+    const bytes = await context.blobs.get(accepted.data.payload.blob).catch((error: Error) => {
+      if (error instanceof BusUnavailable) throw error
+      return error.message
+    })
+    if (typeof bytes === 'string') return bytes
     if (bytes === undefined) return `its payload ${accepted.data.payload.blob} is no longer stored`
     const payload = JSON.parse(Buffer.from(bytes).toString()) as { code?: string; input?: unknown }
     code = payload.code ?? code
@@ -330,8 +342,10 @@ async function toJob(
 }
 
 async function storeOutput(blobs: Blobs, output: string): Promise<Pick<End, 'output' | 'output_blob'>> {
-  if (output.length <= inlineOutputBytes / 3 || Buffer.byteLength(output) <= inlineOutputBytes)
-    return { output: JSON.parse(output), output_blob: null }
+  const value: unknown = JSON.parse(output)
+  // Written again it can be longer: `1e20` becomes 21 digits.
+  if (output.length <= inlineOutputBytes / 6 || Buffer.byteLength(JSON.stringify(value)) <= inlineOutputBytes)
+    return { output: value, output_blob: null }
   for (;;) {
     try {
       return { output: null, output_blob: await blobs.put(Buffer.from(output)) }

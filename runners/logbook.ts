@@ -7,9 +7,12 @@ import type { LogLine } from '../shared/workload.ts'
 
 /** Milliseconds a line waits for others before its batch goes out. */
 const lingerMs = 25
-/** A batch goes out at once at this size, well below what a message may hold. */
-const batchBytes = 192 * 1024
+/** A batch goes out at once at this size. As JSON a byte may take six, and a message holds 1 MiB. */
+const batchBytes = 96 * 1024
 const batchLines = 1_000
+
+/** Longest line (UTF-16 units); what is longer is cut. */
+const lineLength = 64 * 1024
 
 export interface LogLimits {
   lines: number
@@ -60,7 +63,8 @@ export function openLogbook(
 
   return {
     write(line) {
-      const size = line.text.length + 64
+      if (line.text.length > lineLength) line = { ...line, text: `${line.text.slice(0, lineLength)}…` }
+      const size = Buffer.byteLength(line.text) + 64
       if (lines >= limits.lines || bytes + size > limits.bytes) {
         dropped++
         return

@@ -74,14 +74,25 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     void takeWork(context, message).finally(() => puller.release())
   })
 
-  // Another runner takes over an ack wait after this one was last heard; by then nothing may run here.
-  let lease: NodeJS.Timeout | undefined
+  // Another runner takes over an ack wait after this one was last heard; by then nothing may run here, whether the
+  // connection broke, went silent or this process was stopped for a while.
+  let heardAt = Date.now()
+  const keepLease = () => {
+    if (Date.now() - heardAt > ackWaitMs * 0.8) stopAll('lease_lost')
+  }
+  const renewLease = async () => {
+    if (!bus.connected) return
+    const at = Date.now()
+    for (const one of held.values()) one.message.working()
+    await bus.flush()
+    heardAt = at
+  }
   const unwatch = bus.onConnection((connected) => {
-    clearTimeout(lease)
-    if (connected) {
-      for (const one of held.values()) one.message.working()
-      beat()
-    } else lease = setTimeout(() => stopAll('lease_lost'), ackWaitMs * 0.8)
+    keepLease()
+    if (!connected) return
+    heardAt = Date.now()
+    void renewLease().catch(() => {})
+    beat()
   })
   const timers = [
     setInterval(() => beat(), heartbeatMs),
@@ -89,9 +100,8 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
       () => void announce(bus, options.replicas, heartbeat(false), stop).catch(() => {}),
       announceMs,
     ),
-    setInterval(() => {
-      if (bus.connected) for (const one of held.values()) one.message.working()
-    }, ackWaitMs / 3),
+    setInterval(keepLease, ackWaitMs / 20),
+    setInterval(() => void renewLease().catch(() => {}), ackWaitMs / 3),
   ]
   log.info({ runner: runnerId, isolation: runner.isolation, slots }, 'taking work')
 
@@ -106,7 +116,6 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   while (held.size > 0 && Date.now() < deadline + 2_000) await delay(20)
   beat(true)
   for (const timer of timers) clearInterval(timer)
-  clearTimeout(lease)
   unwatch()
   rollCalls.unsubscribe()
   controls.unsubscribe()

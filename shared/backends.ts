@@ -6,6 +6,8 @@ import { Isolation, Runtime } from './workload.ts'
 export const heartbeatMs = 3_000
 /** A runner not heard of for this long (ms) is taken for lost. */
 export const lostAfterMs = 15_000
+/** What an isolation’s runners can do is known for this long (ms) after they last said it. */
+export const knownForMs = 15 * 60_000
 
 export const Capabilities = z
   .object({

@@ -1,5 +1,7 @@
 /** Content-addressed bytes in the object store: payloads too large for a message, bundles, archives. */
-import { Objm, type ObjectStore } from '@nats-io/obj'
+import { JetStreamApiError } from '@nats-io/jetstream'
+import { type ObjectInfo, type ObjectStore, Objm } from '@nats-io/obj'
+import { headers } from '@nats-io/transport-node'
 import type { Bus } from './bus.ts'
 import { BusUnavailable } from './errors.ts'
 import { digestOf } from './ids.ts'
@@ -17,47 +19,73 @@ export interface StoredBlob {
 /** An unreferenced blob younger than this may belong to a request on its way; it is put again rather than trusted. */
 export const blobGraceMs = 24 * 3_600_000
 
+/** Milliseconds without a chunk after which reading is given up. */
+const stallMs = 10_000
+
+/** A stored blob has lost a part or holds other bytes: reading it again will not help. */
+export class BlobCorrupt extends Error {
+  override name = 'BlobCorrupt'
+}
+
 export class Blobs {
+  readonly #bus: Bus
   readonly #store: ObjectStore
-  private constructor(store: ObjectStore) {
+  private constructor(bus: Bus, store: ObjectStore) {
+    this.#bus = bus
     this.#store = store
   }
 
   static async open(bus: Bus, replicas: number): Promise<Blobs> {
-    return new Blobs(await new Objm(bus.js).create(BLOBS, { replicas, description: 'Bytes by sha256' }))
+    return new Blobs(bus, await new Objm(bus.js).create(BLOBS, { replicas, description: 'Bytes by sha256' }))
   }
 
   /** Stores bytes once; putting them again renews their age, so that the sweep keeps off. */
   async put(bytes: Uint8Array): Promise<BlobRef> {
     const digest = digestOf(bytes)
     try {
-      const known = await this.#store.info(digest)
-      const fresh = known !== null && !known.deleted && Date.now() - Date.parse(known.mtime) < blobGraceMs / 2
-      if (!fresh) await this.#store.putBlob({ name: digest }, bytes)
+      const known = await this.#info(digest)
+      if (isFresh(known)) return { blob: digest, size: bytes.byteLength }
+      // Of several that put the same bytes one wins; the others’ chunks are purged by the client.
+      const previousRevision = known?.revision ?? 0
+      await this.#store.putBlob({ name: digest }, bytes, { previousRevision }).catch(async (error) => {
+        if (!isFresh(await this.#info(digest))) throw error
+      })
     } catch (cause) {
+      if (cause instanceof BusUnavailable) throw cause
       throw new BusUnavailable('the blob could not be stored', { cause })
     }
     return { blob: digest, size: bytes.byteLength }
   }
 
-  /** The bytes, checked against their digest; undefined when there are none. */
+  /**
+   * The bytes, checked against their digest; undefined when there are none. Throws `BlobCorrupt`, or
+   * `BusUnavailable` where trying again can help.
+   */
   async get(digest: Digest): Promise<Uint8Array | undefined> {
-    let bytes: Uint8Array | null
+    const info = await this.#info(digest)
+    if (info === null || info.deleted) return undefined
+    // The client waits for ever for chunks that are not there.
+    const chunks =
+      info.size === 0 ? 1 : await this.#bus.lastSequence(`OBJ_${BLOBS}`, `$O.${BLOBS}.C.${info.nuid}`)
+    if (chunks === 0) throw new BlobCorrupt(`blob ${digest} has lost its bytes`)
+    let bytes: Uint8Array
     try {
-      bytes = await this.#store.getBlob(digest)
+      const object = await this.#store.get(digest)
+      if (object === null) return undefined
+      object.error.catch(() => {})
+      bytes = await readAll(object.data)
     } catch (cause) {
+      if (/corrupt/.test((cause as Error).message))
+        throw new BlobCorrupt(`blob ${digest} holds other bytes`, { cause })
       throw new BusUnavailable(`blob ${digest} could not be read`, { cause })
     }
-    if (bytes === null) return undefined
-    if (digestOf(bytes) !== digest) throw new Error(`blob ${digest} holds other bytes`)
+    if (digestOf(bytes) !== digest) throw new BlobCorrupt(`blob ${digest} holds other bytes`)
     return bytes
   }
 
   /** Size in bytes; undefined when there is no such blob. */
   async size(digest: Digest): Promise<number | undefined> {
-    const info = await this.#store.info(digest).catch((cause) => {
-      throw new BusUnavailable('the blob store cannot be read', { cause })
-    })
+    const info = await this.#info(digest)
     return info === null || info.deleted ? undefined : info.size
   }
 
@@ -66,7 +94,59 @@ export class Blobs {
     return infos.map((info) => ({ digest: info.name as Digest, size: info.size, at: Date.parse(info.mtime) }))
   }
 
-  async remove(digest: Digest): Promise<void> {
-    await this.#store.delete(digest)
+  /**
+   * Removes a blob that was last put before `before` (ms since the epoch); says whether it did. A put at the same
+   * moment wins: the mark of deletion is only stored upon the revision that was found too old.
+   */
+  async removeStale(digest: Digest, before: number): Promise<boolean> {
+    const info = await this.#info(digest)
+    if (info === null || info.deleted || Date.parse(info.mtime) >= before) return false
+    const { revision, nuid } = info
+    const mark = { ...info, revision: undefined, deleted: true, size: 0, chunks: 0, digest: '' }
+    // The object store’s own format: https://github.com/nats-io/nats-architecture-and-design, ADR-20.
+    const name = Buffer.from(digest).toString('base64').replaceAll('+', '-').replaceAll('/', '_')
+    const rollup = headers()
+    rollup.set('Nats-Rollup', 'sub')
+    try {
+      await this.#bus.js.publish(`$O.${BLOBS}.M.${name}`, JSON.stringify(mark), {
+        headers: rollup,
+        expect: { lastSubjectSequence: revision },
+      })
+    } catch (error) {
+      if (error instanceof JetStreamApiError && error.code === 10071) return false
+      throw error
+    }
+    await this.#bus.jsm.streams.purge(`OBJ_${BLOBS}`, { filter: `$O.${BLOBS}.C.${nuid}` })
+    return true
+  }
+
+  async #info(digest: Digest): Promise<ObjectInfo | null> {
+    return await this.#store.info(digest).catch((cause) => {
+      throw new BusUnavailable('the blob store cannot be read', { cause })
+    })
+  }
+}
+
+const isFresh = (info: ObjectInfo | null): boolean =>
+  info !== null && !info.deleted && Date.now() - Date.parse(info.mtime) < blobGraceMs / 2
+
+async function readAll(data: ReadableStream<Uint8Array>): Promise<Uint8Array> {
+  const reader = data.getReader()
+  const parts: Uint8Array[] = []
+  for (;;) {
+    let timer: NodeJS.Timeout | undefined
+    const stalled = new Promise<never>((_, reject) => {
+      timer = setTimeout(() => reject(new Error(`no chunk came for ${stallMs} ms`)), stallMs)
+    })
+    try {
+      const { done, value } = await Promise.race([reader.read(), stalled])
+      if (done) return Buffer.concat(parts)
+      parts.push(value)
+    } catch (error) {
+      void reader.cancel().catch(() => {})
+      throw error
+    } finally {
+      clearTimeout(timer)
+    }
   }
 }

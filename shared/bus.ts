@@ -4,13 +4,13 @@
  */
 import { setTimeout } from 'node:timers/promises'
 import {
-  type JetStreamClient,
   JetStreamApiError,
+  type JetStreamClient,
   type JetStreamManager,
   jetstream,
   jetstreamManager,
 } from '@nats-io/jetstream'
-import { Kvm, type KV } from '@nats-io/kv'
+import { type KV, Kvm } from '@nats-io/kv'
 import { nuid } from '@nats-io/nats-core'
 import {
   connect,
@@ -21,7 +21,8 @@ import {
   type PublishOptions,
   type Subscription,
 } from '@nats-io/transport-node'
-import { BusUnavailable, StreamFull } from './errors.ts'
+import { knownForMs } from './backends.ts'
+import { BusUnavailable, MessageTooLarge, StreamFull } from './errors.ts'
 import { type AnyEvent, LifecycleEvent } from './events.ts'
 import { lastToken, lifecycleSubjects } from './subjects.ts'
 import { BACKENDS, EVENTS } from './topology.ts'
@@ -35,6 +36,12 @@ const contentType = 'application/cloudevents+json'
 
 /** Milliseconds to wait for a stream’s acknowledgement before the outcome counts as unknown. */
 const ackTimeoutMs = 5_000
+
+/** Milliseconds that closing waits for the server to have everything. */
+const drainMs = 2_000
+
+/** Room kept for headers in a message (bytes). */
+const headerBytes = 8_192
 
 /** `10071` and `10164`: the expected last sequence was not the last. */
 const wrongLastSequence = new Set([10071, 10164])
@@ -80,6 +87,7 @@ export class Bus implements AsyncDisposable {
   readonly #ackInbox = `_INBOX.${nuid.next()}`
   #ackCount = 0
   readonly #ackTimer: NodeJS.Timeout
+  #closed = false
 
   private constructor(nc: NatsConnection, jsm: JetStreamManager) {
     this.nc = nc
@@ -145,14 +153,19 @@ export class Bus implements AsyncDisposable {
 
   /** Resolves when connected, at once if that is now. */
   whenConnected(signal?: AbortSignal): Promise<void> {
+    if (this.#closed) return Promise.reject(new BusUnavailable('the bus is closed'))
     if (this.connected) return Promise.resolve()
+    if (signal?.aborted) return Promise.reject(signal.reason)
     return new Promise((resolve, reject) => {
       const settle = (then: () => void) => {
         stop()
         signal?.removeEventListener('abort', aborted)
         then()
       }
-      const stop = this.onConnection((connected) => connected && settle(resolve))
+      const stop = this.onConnection((connected) => {
+        if (connected) settle(resolve)
+        else if (this.#closed) settle(() => reject(new BusUnavailable('the bus is closed')))
+      })
       const aborted = () => settle(() => reject(signal?.reason))
       signal?.addEventListener('abort', aborted)
     })
@@ -160,9 +173,13 @@ export class Bus implements AsyncDisposable {
 
   /**
    * Core publish in order of calls. What is published in one turn of the event loop leaves in one write: under
-   * load that saves most of the system calls.
+   * load that saves most of the system calls. Throws `MessageTooLarge` for what the server would refuse.
    */
   publish(subject: string, payload: string | Uint8Array, options?: PublishOptions): void {
+    const limit = (this.nc.info?.max_payload ?? Number.POSITIVE_INFINITY) - headerBytes
+    if (payload.length * 3 > limit && Buffer.byteLength(payload) > limit)
+      throw new MessageTooLarge(`${subject}: ${Buffer.byteLength(payload)} bytes where ${limit} are taken`)
+    if (this.#closed) return
     if (this.#outbox.push([subject, payload, options]) === 1) setImmediate(() => this.#flushOutbox())
   }
 
@@ -172,12 +189,19 @@ export class Bus implements AsyncDisposable {
     this.#outbox.length = 0
   }
 
+  /** Resolves when the server has taken everything published so far. */
+  async flush(): Promise<void> {
+    this.#flushOutbox()
+    await this.nc.flush()
+  }
+
   /** Acknowledgements are told apart by a counter on one inbox, their timeouts looked after together. */
   async #publishAcked(subject: string, payload: string | Uint8Array, hdrs: MsgHdrs): Promise<number> {
     const token = (++this.#ackCount).toString(36)
     const { promise, resolve } = Promise.withResolvers<Msg | undefined>()
-    this.#acks.set(token, { resolve, deadline: Date.now() + ackTimeoutMs })
+    if (this.#closed) throw new BusUnavailable('the bus is closed')
     this.publish(subject, payload, { headers: hdrs, reply: `${this.#ackInbox}.${token}` })
+    this.#acks.set(token, { resolve, deadline: Date.now() + ackTimeoutMs })
     const reply = await promise
     // A bare 503 is the server’s word that no stream listens.
     if (reply === undefined || reply.data.byteLength === 0)
@@ -231,7 +255,7 @@ export class Bus implements AsyncDisposable {
   /**
    * Publishes a lifecycle event until it is known whether it stands: through lost acknowledgements, lost
    * connections and full streams. `stored` is also true when an earlier try of the same event had got through.
-   * Rejects only when `signal` is aborted.
+   * Rejects only when `signal` is aborted, the bus is closed or the event is too large for a message.
    */
   async settleEvent(
     subject: string,
@@ -275,6 +299,7 @@ export class Bus implements AsyncDisposable {
 
   /** Sequence of the last message on a subject, straight from the stream’s leader; 0: none. */
   async lastSequence(stream: string, subject: string): Promise<number> {
+    if (!this.connected) throw new BusUnavailable('not connected')
     try {
       return (await this.jsm.streams.getMessage(stream, { last_by_subj: subject }))?.seq ?? 0
     } catch (cause) {
@@ -284,6 +309,7 @@ export class Bus implements AsyncDisposable {
   }
 
   async #read(query: { last_by_subj: string }): Promise<StoredEvent | undefined> {
+    if (!this.connected) throw new BusUnavailable('not connected')
     try {
       const stored = await this.jsm.streams.getMessage(EVENTS, query)
       return stored === null ? undefined : { event: LifecycleEvent.parse(stored.json()), seq: stored.seq }
@@ -318,16 +344,25 @@ export class Bus implements AsyncDisposable {
 
   /** What each isolation’s runners last said they can do; kept 15 minutes past the last word. */
   async backends(replicas: number): Promise<KV> {
-    return await new Kvm(this.js).create(BACKENDS, { replicas, ttl: 15 * 60_000, history: 1 })
+    return await new Kvm(this.js).create(BACKENDS, { replicas, ttl: knownForMs, history: 1 })
   }
 
-  /** Waits until everything sent has reached the server, then closes. */
+  /** Waits until everything sent has reached the server, then closes. What still waits for an answer is rejected. */
   async [Symbol.asyncDispose](): Promise<void> {
     clearInterval(this.#ackTimer)
     this.#flushOutbox()
-    if (this.nc.isClosed()) return
-    if (this.connected) await this.nc.drain().catch(() => {})
-    else await this.nc.close()
+    this.#closed = true
+    if (this.connected) {
+      // A server that goes away meanwhile leaves the drain waiting for ever.
+      const patience = AbortSignal.timeout(drainMs)
+      const over = new Promise((resolve) => patience.addEventListener('abort', resolve))
+      await Promise.race([this.nc.drain().catch(() => {}), over])
+    }
+    await this.nc.close()
+    this.connected = false
+    for (const { resolve } of this.#acks.values()) resolve(undefined)
+    this.#acks.clear()
+    for (const listener of this.#listeners) listener(false)
   }
 }
 

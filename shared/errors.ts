@@ -75,6 +75,15 @@ export class BusUnavailable extends Error {
   }
 }
 
+/** A message is larger than the server takes; it was not sent. */
+export class MessageTooLarge extends Error {
+  readonly retryable = false
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, options)
+    this.name = 'MessageTooLarge'
+  }
+}
+
 /** A stream refused a message for want of room. */
 export class StreamFull extends Error {
   readonly retryable = true

@@ -213,12 +213,18 @@ export class Follower implements AsyncDisposable {
   #received(attachment: Attachment, message: Msg): void {
     if (attachment !== this.#attachment) return
     attachment.heardAt = Date.now()
-    if (message.reply === undefined || message.reply === '') return this.#status(attachment, message)
+    if (message.reply === undefined || message.reply === '') {
+      this.#status(attachment, message)
+      return
+    }
     // $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<ns>.<pending>
     const tokens = message.reply.split('.')
     const from = tokens.length < 11 ? 5 : 7
     const seq = Number(tokens[from])
-    if (Number(tokens[from + 1]) !== ++attachment.delivered) return this.#attach()
+    if (Number(tokens[from + 1]) !== ++attachment.delivered) {
+      this.#attach()
+      return
+    }
     const at = Number(tokens[from + 2]!.slice(0, -6))
     this.#pending = Number(tokens[from + 3])
     this.#place = { seq, at, created: this.#place.created }

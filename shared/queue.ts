@@ -3,7 +3,7 @@
  * asks for more as messages arrive, not as work ends, so credits are kept here.
  */
 import { nuid } from '@nats-io/nats-core'
-import type { Msg } from '@nats-io/transport-node'
+import type { Msg, Subscription } from '@nats-io/transport-node'
 import { type Bus, replyHeader, sourcedSequence } from './bus.ts'
 import { lastToken } from './subjects.ts'
 import { WORK } from './topology.ts'
@@ -65,16 +65,19 @@ export function pullWork(
   const batch = Math.max(1, Math.floor(slots / 4))
   let free = slots
   let stopped = false
+  const inboxes = new Set<Subscription>()
   let current = open()
 
   /** One inbox and the credits asked for on it. A new one is opened when what was asked is void. */
   function open() {
     const inbox = `_INBOX.${nuid.next()}`
     const state = { inbox, asked: 0, askedAt: Date.now(), subscription: bus.listen(inbox, onMessage) }
+    inboxes.add(state.subscription)
     function onMessage(message: Msg) {
       if (message.reply === undefined || message.reply === '') return onStatus(message)
       state.asked--
-      if (stopped) return toWork(bus, message).later(0)
+      // An older inbox may bring more than the new one has been told of.
+      if (stopped || free <= 0) return toWork(bus, message).later(0)
       free--
       handle(toWork(bus, message))
     }
@@ -102,7 +105,10 @@ export function pullWork(
   function startOver(state: typeof current) {
     if (stopped || state !== current) return
     // What is still on its way to the old inbox is taken; the rest is redelivered by the server.
-    setTimeout(() => state.subscription.unsubscribe(), pullExpiresMs).unref()
+    setTimeout(() => {
+      state.subscription.unsubscribe()
+      inboxes.delete(state.subscription)
+    }, pullExpiresMs).unref()
     current = open()
     ask()
   }
@@ -123,7 +129,10 @@ export function pullWork(
       stopped = true
       clearInterval(timer)
       stopWatching()
-      if (bus.connected) await bus.nc.flush().catch(() => {})
+      // Draining takes what is already on its way, and hands it back.
+      for (const inbox of inboxes)
+        if (bus.connected) await inbox.drain().catch(() => {})
+        else inbox.unsubscribe()
     },
   }
 }

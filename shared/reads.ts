@@ -10,8 +10,12 @@ export const maxListLimit = 200
 export const maxLogLimit = 10_000
 
 const commaSeparated = <T extends z.ZodType>(item: T) =>
-  z.preprocess((value) => (value as string[] | undefined)?.flatMap((part) => part.split(',')), z.array(item).optional())
-const one = <T extends z.ZodType>(item: T) => z.preprocess((value) => (value as string[] | undefined)?.at(-1), item)
+  z.preprocess(
+    (value) => (value as string[] | undefined)?.flatMap((part) => part.split(',')),
+    z.array(item).optional(),
+  )
+const one = <T extends z.ZodType>(item: T) =>
+  z.preprocess((value) => (value as string[] | undefined)?.at(-1), item)
 const count = (max: number, preset: number) => one(z.coerce.number().int().min(1).max(max).default(preset))
 
 /** `w.<accepted sequence>`, in base64url: the last workload of the page before. */

@@ -123,3 +123,15 @@ export async function ensureTopology(jsm: JetStreamManager, options: TopologyOpt
     }
   }
 }
+
+/** Deletes a work consumer and makes it anew. What was delivered and not acknowledged is then delivered again. */
+export async function recreateConsumer(
+  jsm: JetStreamManager,
+  options: TopologyOptions,
+  isolation: Isolation,
+): Promise<void> {
+  const name = workConsumer(isolation)
+  const config = consumers(options).find(({ durable_name }) => durable_name === name)!
+  await jsm.consumers.delete(WORK, name)
+  await jsm.consumers.add(WORK, config)
+}

@@ -8,7 +8,7 @@ export interface TraceContext {
   traceparent: string
 }
 
-const pattern = /^[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?$/
+const pattern = /^(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?$/
 
 /** Continues the caller’s trace where the header is valid, else begins one. */
 export function continueTrace(header: string | undefined): TraceContext {

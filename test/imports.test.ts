@@ -37,8 +37,8 @@ const graph = readGraph()
 const edges = [...graph].flatMap(([from, targets]) => targets.map((to) => ({ from, to })))
 const ours = edges.filter(({ to }) => isOurs(to))
 const top = (path: string) => path.split('/')[0]!
-/** The bus (connection, work queue, streams and consumers) and the blobs. */
-const natsFiles = ['bus', 'queue', 'topology', 'blobs'].map((name) => `shared/${name}.ts`)
+/** The bus (connection, streams and consumers, work queue, followed streams) and the blobs. */
+const natsFiles = ['bus', 'topology', 'queue', 'follow', 'blobs'].map((name) => `shared/${name}.ts`)
 const isNats = (target: string) => target.startsWith('@nats-io/')
 
 /** Everything a file reaches, packages included. */

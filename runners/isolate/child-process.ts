@@ -121,6 +121,11 @@ export class SandboxChild {
     return this.#exit
   }
 
+  /** Killed, and not by us. */
+  get killedByOthers(): boolean {
+    return this.killReason === undefined && /^signal (?:SIGKILL|9)$/.test(this.#exit)
+  }
+
   /** The end of what it wrote to standard error. */
   get stderr(): string {
     return this.#stderr

@@ -30,7 +30,9 @@ const maxStarting = 4
 const maxKeptMb = 384
 /** Resident memory is looked at after so many runs. */
 const sampleRuns = 50
-const maxBackoffMs = 10_000
+/** After children that did not start, the next is tried this much later, twice as late each time, up to the second. */
+const backoffMs = 50
+const maxBackoffMs = 2_000
 
 /** What may be resident for a limit of `limitMb` on top of an idle child: V8’s young generation, garbage, buffers. */
 const allowanceMb = (limitMb: number) => limitMb * 1.5 + 64
@@ -185,18 +187,24 @@ export class Pool {
     this.#children.delete(child)
     const at = this.#idle.indexOf(child)
     if (at >= 0) this.#idle.splice(at, 1)
-    if (!child.ready) this.#failures++
+    // One that somebody else killed says nothing of whether the next will start.
+    const failed = !child.ready && !child.killedByOthers
+    if (failed) this.#failures++
     this.#onChange?.()
     if (this.#closed) return
-    if (!child.ready) {
+    if (failed) {
       this.#lastFailure = `a sandbox could not be started: ${child.exit}${child.stderr === '' ? '' : `: ${child.stderr.trim().slice(-500)}`}`
       if (this.#failures >= 3 && this.#children.size === 0)
         for (const attempt of this.#waiting.splice(0)) attempt.unavailable(this.#lastFailure)
-      const wait = Math.min(maxBackoffMs, 100 * 2 ** this.#failures)
-      this.#retry ??= setTimeout(() => {
-        this.#retry = undefined
-        this.#refill()
-      }, wait)
+    }
+    if (!child.ready) {
+      this.#retry ??= setTimeout(
+        () => {
+          this.#retry = undefined
+          this.#refill()
+        },
+        Math.min(maxBackoffMs, backoffMs * 2 ** this.#failures),
+      )
       return
     }
     this.#refill()

@@ -39,7 +39,8 @@ export function makeConsole(inspect: Inspect, write: Write): Logger {
       case 'i':
       case 'f': {
         if (typeof value === 'bigint') return `${value}n`
-        if (typeof value === 'object' || typeof value === 'symbol') return 'NaN'
+        if (typeof value === 'object' || typeof value === 'symbol' || typeof value === 'function')
+          return 'NaN'
         const number = toNumber(value)
         return toText(letter === 'i' ? trunc(number) : number)
       }

@@ -173,7 +173,8 @@ export function makeInspect(): Inspect {
     if (isArray(value)) {
       const length = value.length
       list(value, length, level, state, items)
-      properties(value, level, state, items, true)
+      // The keys of a long list would be a list of their own.
+      if (length <= maxItems) properties(value, level, state, items, true)
       const name = className(value)
       return wrap(items, name === 'Array' ? '[' : `${name}(${length}) [`, ']', level)
     }

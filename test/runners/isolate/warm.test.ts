@@ -58,7 +58,9 @@ test('nothing of a call runs after its end: timers, intervals, microtasks', asyn
       return 1
     }`
   const lines: unknown[] = []
-  const outcome = await runner.prepare(job(code)).run(new AbortController().signal, (line) => lines.push(line))
+  const outcome = await runner
+    .prepare(job(code))
+    .run(new AbortController().signal, (line) => lines.push(line))
   assert.is(outcome.status, 'completed')
   await sleep(60)
   assert.equal(await output(runner, code, { input: 'look' }), [])
@@ -79,7 +81,10 @@ test('a ctx of an ended call is mute', async () => {
 test('finalizers and waitAsync, which run without a call, are not there', async () => {
   await using runner = await createIsolateRunner({ min: 1, max: 1 })
   assert.equal(
-    await output(runner, 'export default () => [typeof FinalizationRegistry, typeof Atomics.waitAsync, typeof __vulcan_loaded]'),
+    await output(
+      runner,
+      'export default () => [typeof FinalizationRegistry, typeof Atomics.waitAsync, typeof __vulcan_loaded]',
+    ),
     ['undefined', 'undefined', 'undefined'],
   )
 })
@@ -140,12 +145,16 @@ test('many codes over few children stay within their memory', async () => {
   await using runner = await createIsolateRunner({ min: 2, max: 2 })
   const rss = () => {
     let total = 0
-    for (const pid of runner.pids()) total += Number(readFileSync(`/proc/${pid}/statm`, 'utf8').split(' ')[1]) / 256
+    for (const pid of runner.pids())
+      total += Number(readFileSync(`/proc/${pid}/statm`, 'utf8').split(' ')[1]) / 256
     return total
   }
   const round = async (from: number, count: number) => {
     for (let i = from; i < from + count; i++)
-      assert.is(await output(runner, `const held = new Array(20_000).fill(${i}); export default () => held[7]`), i)
+      assert.is(
+        await output(runner, `const held = new Array(20_000).fill(${i}); export default () => held[7]`),
+        i,
+      )
   }
   await round(0, 200)
   const before = rss()
@@ -157,7 +166,9 @@ test('many codes over few children stay within their memory', async () => {
 test('1,000 calls of one code leave the memory about flat', async () => {
   await using runner = await createIsolateRunner({ min: 1, max: 1 })
   const rss = () =>
-    runner.pids().reduce((sum, pid) => sum + Number(readFileSync(`/proc/${pid}/statm`, 'utf8').split(' ')[1]) / 256, 0)
+    runner
+      .pids()
+      .reduce((sum, pid) => sum + Number(readFileSync(`/proc/${pid}/statm`, 'utf8').split(' ')[1]) / 256, 0)
   const code = 'export default (input) => ({ got: input.list.length })'
   const input = { list: Array.from({ length: 500 }, (_, i) => `entry ${i}`) }
   for (let i = 0; i < 200; i++) await output(runner, code, { input })
