@@ -128,6 +128,15 @@ export class Supervisor implements AsyncDisposable {
     return this.#stopped
   }
 
+  /** Ends one process by SIGKILL and never starts it again. */
+  async abandon(name: string): Promise<void> {
+    const entry = this.#entry(name)
+    if (entry === undefined) return
+    entry.stopping.abort(new Error('was abandoned'))
+    if (entry.child?.pid) send(-entry.child.pid, 'SIGKILL')
+    await entry.done
+  }
+
   /** Ends every process at once by SIGKILL. */
   kill(): void {
     for (const { child, stopping } of this.#entries) {

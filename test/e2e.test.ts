@@ -21,9 +21,9 @@ async function rawSubscriber(natsUrl: string, subject: string) {
   const { hostname, port } = new URL(natsUrl)
   const socket = createConnection({ host: hostname, port: Number(port) })
   const received: { subject: string; headers: string; payload: string }[] = []
-  let buffer = Buffer.alloc(0)
+  let buffer: Buffer = Buffer.alloc(0)
   const ready = Promise.withResolvers<void>()
-  socket.on('data', (chunk) => {
+  socket.on('data', (chunk: Buffer) => {
     buffer = Buffer.concat([buffer, chunk])
     for (;;) {
       const end = buffer.indexOf('\r\n')

@@ -104,11 +104,9 @@ export async function runFaults(plan: FaultPlan): Promise<FaultReport> {
   let watching = true
   const watch = (async () => {
     while (watching) {
-      const stats = await http<{ counts: { status: Record<string, number> } }>(`${url}/v1/stats`).catch(
-        () => undefined,
-      )
+      const stats = await http<{ counts: Record<string, number> }>(`${url}/v1/stats`).catch(() => undefined)
       if (stats?.status === 200) {
-        const { completed = 0, failed = 0, killed = 0 } = stats.body.counts.status
+        const { completed = 0, failed = 0, killed = 0 } = stats.body.counts
         finished = completed + failed + killed
       }
       await delay(100)

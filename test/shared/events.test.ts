@@ -1,0 +1,143 @@
+import { Ajv2020 } from 'ajv/dist/2020.js'
+import { test } from 'uvu'
+import * as assert from 'uvu/assert'
+import { type AnyEvent, eventJsonSchemas, eventSchemas, isEnd, LifecycleEvent, makeEvent } from '../../shared/events.ts'
+import { newWorkloadId } from '../../shared/ids.ts'
+import { acceptedEvent } from './support.ts'
+
+const id = newWorkloadId()
+const origin = { source: '/vulcan/runners/isolate-1', traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01` }
+const now = new Date().toISOString()
+const error = { message: 'it broke', stack: 'at main.js:1:1' }
+const limits = { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6 }
+const digest = `sha256:${'0'.repeat(64)}`
+const end = {
+  attempt: 1,
+  runner: 'isolate-1',
+  started_at: now,
+  duration_ms: 1.25,
+  cause: null,
+  error: null,
+  output: { y: 42 },
+  output_blob: null,
+  exit_code: null,
+  logs: { last: 1, lines: 2, dropped: 0 },
+  receipt: {
+    code_sha256: 'f'.repeat(64),
+    runner: 'isolate-1',
+    isolation: 'isolate' as const,
+    walls: ['bubblewrap'],
+    start: 'warm' as const,
+    limits,
+    usage: { cpu_ms: 0.5, memory_peak_mb: null },
+  },
+}
+const neverRan = {
+  ...end,
+  attempt: 0,
+  runner: null,
+  started_at: null,
+  duration_ms: null,
+  cause: 'killed' as const,
+  error,
+  output: null,
+  logs: null,
+  receipt: null,
+}
+const line = { time: now, level: 'info' as const, stream: 'console' as const, text: 'hello' }
+
+/** Each event as the platform makes it. */
+const examples: Record<string, AnyEvent[]> = {
+  accepted: [
+    acceptedEvent({ input: { x: 21 }, labels: { team: 'a' } }, id),
+    acceptedEvent({ isolation: ['isolate', 'microvm'], network: { egress: ['api.example.com:443'] } }, id),
+    acceptedEvent({}, id, { payload: { blob: digest, size: 900_000 }, rerun_of: newWorkloadId() }),
+  ],
+  started: [makeEvent('started', id, 1, { attempt: 1, runner: 'isolate-1' }, origin)],
+  retrying: [
+    makeEvent('retrying', id, 1, { attempt: 1, runner: 'isolate-1', cause: 'runner_lost', error, not_before: now }, origin),
+  ],
+  completed: [
+    makeEvent('completed', id, 1, end, origin),
+    makeEvent('completed', id, 1, { ...end, output: null, output_blob: { blob: digest, size: 3 } }, origin),
+  ],
+  failed: [makeEvent('failed', id, 1, { ...end, cause: 'timeout', error, output: null }, origin)],
+  killed: [makeEvent('killed', id, '0.kill', neverRan, { source: '/vulcan/gateways/g' })],
+  late: [makeEvent('late', id, 1, { attempt: 1, runner: 'isolate-1', status: 'completed', cause: null }, origin)],
+  log: [makeEvent('log', id, '1.1', { attempt: 1, n: 1, lines: [line], dropped: 0 }, origin)],
+}
+
+const schemas = eventJsonSchemas()
+const overTheWire = (event: unknown) => JSON.parse(JSON.stringify(event))
+const validator = (kind: string) =>
+  new Ajv2020({ strict: false, validateFormats: false }).compile(schemas[kind] as object)
+
+test('every kind of event has a schema of draft 2020-12, and an example here', () => {
+  assert.equal(Object.keys(schemas).sort(), Object.keys(eventSchemas).sort())
+  assert.equal(Object.keys(examples).sort(), Object.keys(schemas).sort())
+  for (const schema of Object.values(schemas))
+    assert.is((schema as { $schema: string }).$schema, 'https://json-schema.org/draft/2020-12/schema')
+})
+
+for (const kind of Object.keys(eventSchemas)) {
+  test(`a ${kind} event as it is published is valid by its served schema`, () => {
+    const validate = validator(kind)
+    for (const event of examples[kind]!) assert.ok(validate(overTheWire(event)), JSON.stringify(validate.errors))
+  })
+
+  test(`the schema of ${kind} refuses every other kind, and each missing field`, () => {
+    const validate = validator(kind)
+    for (const [other, events] of Object.entries(examples))
+      if (other !== kind) assert.not(validate(overTheWire(events[0])), other)
+    const whole = overTheWire(examples[kind]![0])
+    for (const field of ['specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'data']) {
+      const { [field]: _, ...rest } = whole
+      assert.not(validate(rest), field)
+    }
+    for (const field of Object.keys(whole.data)) {
+      const { [field]: _, ...data } = whole.data
+      if (field !== 'output') assert.not(validate({ ...whole, data }), `data.${field}`)
+    }
+  })
+
+  test(`zod and the served schema agree on ${kind}`, () => {
+    const schema = eventSchemas[kind as keyof typeof eventSchemas]
+    const validate = validator(kind)
+    for (const event of examples[kind]!) {
+      const wire = overTheWire(event)
+      assert.ok(schema.safeParse(wire).success)
+      for (const path of ['subject', 'time', 'type', 'specversion']) {
+        const bent = { ...wire, [path]: 17 }
+        assert.not(schema.safeParse(bent).success, path)
+        assert.not(validate(bent), path)
+      }
+    }
+  })
+
+  test(`a field that a later version adds to ${kind} is let through`, () => {
+    const wire = overTheWire(examples[kind]![0])
+    const later = { ...wire, tenant: 't', data: { ...wire.data, tenant: 't' } }
+    assert.ok(validator(kind)(later))
+    assert.ok(eventSchemas[kind as keyof typeof eventSchemas].safeParse(later).success)
+  })
+}
+
+test('the same step has the same event id, whoever publishes it', () => {
+  const one = makeEvent('started', id, 2, { attempt: 2, runner: 'a' }, { source: '/a' })
+  const other = makeEvent('started', id, 2, { attempt: 2, runner: 'b' }, { source: '/b' })
+  assert.is(one.id, `${id}.started.2`)
+  assert.is(other.id, one.id)
+})
+
+test('an event without a trace carries no traceparent', () => {
+  assert.not('traceparent' in makeEvent('started', id, 1, { attempt: 1, runner: 'a' }, { source: '/a' }))
+})
+
+test('completed, failed and killed are ends, the others are not', () => {
+  const ends = Object.entries(examples)
+    .filter(([, [event]]) => LifecycleEvent.safeParse(event).success && isEnd(event as LifecycleEvent))
+    .map(([kind]) => kind)
+  assert.equal(ends.sort(), ['completed', 'failed', 'killed'])
+})
+
+test.run()
