@@ -14,6 +14,7 @@ const remoteTimeoutMs = 15_000
 /** Milliseconds SQLite itself waits for another process’s lock; it blocks this process meanwhile. */
 const busyMs = 100
 
+const synchronous = 'PRAGMA synchronous = NORMAL'
 const migrationsFolder = join(import.meta.dirname, 'migrations')
 
 export interface DatabaseOptions {
@@ -29,8 +30,8 @@ export interface Database {
   orm: LibSQLDatabase<typeof schema>
   /** Aborted when the file was deleted or replaced, or the tables are gone. */
   lost: AbortSignal
-  /** To be told of every error: some mean that the database is lost. */
-  failed(error: unknown): void
+  /** To be told of every error before the next try: some mean that the database is lost. */
+  failed(error: unknown): Promise<void>
   close(): void
 }
 
@@ -50,12 +51,13 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
     ...(path === undefined ? { fetch: fetchInTime } : { concurrency: 1, timeout: busyMs }),
   })
   const lost = new AbortController()
+  let closed = false
   try {
     if (path !== undefined) {
       await client.execute('PRAGMA journal_mode = WAL')
       // Without an fsync per commit a power loss may take the last commits, never the order of them: the
       // checkpoint goes back together with the rows, and what is missing is folded again from the stream.
-      await client.execute('PRAGMA synchronous = NORMAL')
+      await client.execute(synchronous)
     }
     const orm = drizzle(client, { schema })
     await migrate(orm, { migrationsFolder })
@@ -71,13 +73,21 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
       client,
       orm,
       lost: lost.signal,
-      failed(error) {
+      async failed(error) {
         if (/no such table/.test(messages(error))) lost.abort(new Error('the tables are gone'))
-        if (path !== undefined && isDamaged(error)) {
-          void moveAside(path).finally(() => lost.abort(new Error('the database file is damaged')))
+        if (path === undefined || codeOf(error) === undefined || lost.signal.aborted || closed) return
+        if (isDamaged(error)) {
+          await moveAside(path)
+          lost.abort(new Error('the database file is damaged'))
+        } else {
+          // libsql 0.5 does not reset a statement that failed: after one SQLITE_BUSY the connection answers every
+          // COMMIT with `SQL statements in progress`. Another connection does not.
+          await client.reconnect()
+          await client.execute(synchronous).catch(() => {})
         }
       },
       close() {
+        closed = true
         clearInterval(watch)
         client.close()
       },
@@ -113,6 +123,7 @@ const causes = function* (error: unknown): Generator<unknown> {
 }
 const messages = (error: unknown): string =>
   [...causes(error)].map((one) => (one as Error).message).join(': ')
+/** Code of the libSQL error in there; undefined where there is none. */
 const codeOf = (error: unknown): string | undefined =>
   [...causes(error)].find((one): one is LibsqlError => one instanceof LibsqlError)?.code
 
@@ -121,3 +132,6 @@ const isDamaged = (error: unknown): boolean => /^SQLITE_(CORRUPT|NOTADB)/.test(c
 /** True where the same statements will fail again however often they are tried. */
 export const isHopeless = (error: unknown): boolean =>
   error instanceof RangeError || /^SQLITE_(CONSTRAINT|TOOBIG|MISMATCH|RANGE)/.test(codeOf(error) ?? '')
+
+/** The connection was replaced under the query; asking again is enough. */
+export const wasReplaced = (error: unknown): boolean => codeOf(error) === 'CLIENT_CLOSED'

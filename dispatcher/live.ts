@@ -2,7 +2,7 @@
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import { Problem } from '../shared/errors.ts'
-import type { Database } from './database.ts'
+import { type Database, wasReplaced } from './database.ts'
 import { Changes, Progress } from './progress.ts'
 
 export class Live {
@@ -20,7 +20,7 @@ export class Live {
     return this.bus?.connected ? this.bus : undefined
   }
 
-  /** Runs a read; whatever keeps the database from answering becomes `database_unavailable`. */
+  /** Runs a query; whatever keeps the database from answering becomes `database_unavailable`. */
   async read<T>(act: (database: Database) => Promise<T>): Promise<T> {
     const { database } = this
     if (database === undefined) throw unavailable(this.databaseTrouble)
@@ -28,7 +28,11 @@ export class Live {
       return await act(database)
     } catch (cause) {
       if (cause instanceof Problem) throw cause
-      database.failed(cause)
+      if (wasReplaced(cause) && database === this.database) return await act(database).catch(failed)
+      return await failed(cause)
+    }
+    async function failed(cause: unknown): Promise<never> {
+      await database?.failed(cause)
       throw unavailable('a query failed', cause)
     }
   }

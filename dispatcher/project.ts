@@ -163,7 +163,7 @@ async function persist<T>(context: ProjectContext, signal: AbortSignal, act: () 
       return result
     } catch (error) {
       signal.throwIfAborted()
-      database.failed(error)
+      await database.failed(error)
       if (isHopeless(error)) throw error
       trouble(error)
       if (tries % 20 === 0)

@@ -4,7 +4,7 @@ import { type Context, Hono } from 'hono'
 import { Problem } from '../shared/errors.ts'
 import { type AcceptedEvent, type EndEvent, isEnd, makeEvent } from '../shared/events.ts'
 import { newWorkloadId } from '../shared/ids.ts'
-import { begin, finish, toWorkload, type WorkloadRecord } from '../shared/lifecycle.ts'
+import { begin, finish, hasEnded, toWorkload, type WorkloadRecord } from '../shared/lifecycle.ts'
 import { continueTrace } from '../shared/trace.ts'
 import { type Workload, WorkloadId } from '../shared/workload.ts'
 import { type AdmissionContext, admit, type Candidate, prepare } from './admission.ts'
@@ -51,8 +51,13 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
 
   const stop = async (c: C) => {
     const id = c.req.param('id')!
-    const end = await kill(bus, id, roster.lost, origin)
-    if (end === undefined) return c.json(await known(id))
+    let end = await kill(bus, id, roster.lost, origin)
+    if (end === undefined) {
+      // The stream did not know it: it ended before what the stream keeps, or is only just being accepted.
+      const workload = await known(id)
+      if (!hasEnded(workload.status)) end = await kill(bus, id, roster.lost, origin)
+      if (end === undefined) return c.json(workload)
+    }
     waits.settle(id, end)
     return c.json(await ended(id, end))
   }

@@ -6,6 +6,7 @@ import { type ChildProcess, spawn } from 'node:child_process'
 import { closeSync, openSync, readFileSync, readSync, writeFileSync } from 'node:fs'
 import { FrameDecoder, FrameError } from '../../shared/frames.ts'
 import type { Cause, LogLevel } from '../../shared/workload.ts'
+import { killOrphans } from './orphans.ts'
 import {
   type DoneHeader,
   decodeMessage,
@@ -16,7 +17,7 @@ import {
   maxChatterBytes,
   type RunHeader,
 } from './protocol.ts'
-import type { Walls } from './walls.ts'
+import { childMarker, type Walls } from './walls.ts'
 
 /** Who is told about the run under way. */
 export interface Occupant {
@@ -37,6 +38,8 @@ export interface ChildEvents {
 const stderrBytes = 8 * 1024
 /** A child that is not ready after so many ms is given up. */
 const readyMs = 10_000
+/** After a process exits, its pipes close at once; where they do not in so many ms, an orphan holds them. */
+const closeMs = 500
 const pageBytes = 4096
 
 /** Causes that a child may name; any other is made up. */
@@ -74,6 +77,7 @@ export class SandboxChild {
   #statm: number | undefined
   #exit = 'it could not be started'
   #readyTimer: NodeJS.Timeout
+  #closeTimer: NodeJS.Timeout | undefined
 
   constructor(walls: Walls, events: ChildEvents) {
     this.#events = events
@@ -85,7 +89,7 @@ export class SandboxChild {
       stdio: ['pipe', 'pipe', 'pipe'],
     })
     this.#process = child
-    this.#readyTimer = setTimeout(() => this.kill('protocol'), readyMs)
+    this.#readyTimer = setTimeout(() => this.kill('protocol', true), readyMs)
     child.stdin!.on('error', () => {})
     child.stdout!.on('error', () => {})
     child.stderr!.on('error', () => {})
@@ -101,6 +105,11 @@ export class SandboxChild {
       // bubblewrap exits with 128 + n where signal n ended what it held.
       this.#exit =
         signal !== null ? `signal ${signal}` : code! > 128 ? `signal ${code! - 128}` : `exit code ${code}`
+      this.#closeTimer = setTimeout(() => {
+        killOrphans(childMarker)
+        child.stdout!.destroy()
+        child.stderr!.destroy()
+      }, closeMs)
     })
     child.on('close', () => this.#close())
   }
@@ -163,10 +172,14 @@ export class SandboxChild {
     this.#process.stdin!.write(encodeMessage(kinds.cancel, this.#run, [reason]))
   }
 
-  /** Settled by `onGone`. */
-  kill(reason: NonNullable<SandboxChild['killReason']>): void {
+  /**
+   * `onGone` tells when it is done. A child that is starting is killed when it is ready, unless `now`: until then
+   * it runs nobody’s code, and bubblewrap cannot yet be killed without leaving an orphan.
+   */
+  kill(reason: NonNullable<SandboxChild['killReason']>, now = this.ready): void {
     if (this.gone) return
     this.killReason ??= reason
+    if (!now) return
     // The innermost first: when its pipes are closed, nothing of it runs any more.
     for (const pid of this.pids.reverse()) {
       try {
@@ -249,13 +262,15 @@ export class SandboxChild {
       // Not Linux, or not allowed: nothing depends on it.
     }
     this.idleRssMb = this.rssMb()
-    this.#events.onReady(this)
+    if (this.killReason !== undefined) this.kill(this.killReason)
+    else this.#events.onReady(this)
   }
 
   #close(): void {
     if (this.gone) return
     this.gone = true
     clearTimeout(this.#readyTimer)
+    clearTimeout(this.#closeTimer)
     if (this.#statm !== undefined) closeSync(this.#statm)
     this.#statm = undefined
     const occupant = this.#occupant

@@ -2,8 +2,9 @@
 import { createHash } from 'node:crypto'
 import { availableParallelism } from 'node:os'
 import type { Capabilities, Job, Outcome, Probe, Runner } from '../runner.ts'
+import { killOrphans } from './orphans.ts'
 import { Pool, type PoolOptions } from './pool.ts'
-import { type WallOptions, type Walls, wallCandidates } from './walls.ts'
+import { childMarker, type WallOptions, type Walls, wallCandidates } from './walls.ts'
 
 export interface IsolateOptions extends WallOptions {
   /** Child processes kept ready; default: one per core, at least 2. */
@@ -56,6 +57,7 @@ const capabilitiesOf = ({ names, missing }: Walls, version: string) => ({
 
 /** The first walls behind which a workload really runs, with the pool that ran it. */
 async function findWalls(options: WallOptions, poolOptions: PoolOptions): Promise<Found> {
+  killOrphans(childMarker)
   let candidates: Walls[]
   try {
     candidates = wallCandidates(options)

@@ -70,8 +70,9 @@ export class Pool {
     return this.#children.size
   }
 
+  /** Of the children that are ready: one that is starting is no sandbox yet. */
   pids(): number[] {
-    return [...this.#children].flatMap((child) => child.pids)
+    return [...this.#children].flatMap((child) => (child.ready ? child.pids : []))
   }
 
   prepare(job: Job): Attempt {

@@ -23,6 +23,9 @@ export interface WallOptions {
   setpriv?: string | false
 }
 
+/** Among the arguments of every child of this checkout: see `orphans.ts`. */
+export const childMarker = fileURLToPath(new URL('.', import.meta.url)).replace(/\/$/, '')
+
 const root = fileURLToPath(new URL('../..', import.meta.url))
 /** What a child reads, relative to the root. `package.json` says that our files are ES modules. */
 const childFiles = ['package.json', 'shared/frames.ts', 'runners/isolate']

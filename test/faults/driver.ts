@@ -31,7 +31,7 @@ export interface FaultReport {
   causes: Record<string, number>
   /** Workloads whose API answer differs from the stream’s fold. */
   disagreements: string[]
-  /** Sandbox processes that belong to no living runner. */
+  /** Sandbox processes whose runner is gone. */
   orphans: number
   seconds: number
 }
@@ -170,7 +170,7 @@ export async function runFaults(plan: FaultPlan): Promise<FaultReport> {
     if (record.status !== row.status || record.cause !== row.cause || record.attempts !== row.attempts)
       disagreements.push(`${id}: stream ${record.status}/${record.cause}, API ${row.status}/${row.cause}`)
   }
-  const orphans = await countOrphans(supervisor.pid('runner'))
+  const orphans = await countOrphans()
   return {
     audit: audited,
     accepted: new Set(accepted).size,
@@ -241,8 +241,12 @@ async function someChild(runner: number | undefined, random: () => number): Prom
   return children[Math.floor(random() * children.length)]?.pid
 }
 
-async function countOrphans(runner: number | undefined): Promise<number> {
-  const all = await processes()
-  const ours = runner === undefined ? new Set<number>() : descendants(all, runner)
-  return all.filter((one) => isSandbox(one) && !ours.has(one.pid)).length
+/** Sandboxes whose chain of parents no longer leads to the process that made them. */
+async function countOrphans(): Promise<number> {
+  const all = new Map((await processes()).map((one) => [one.pid, one]))
+  const orphaned = (one: Process): boolean => {
+    const parent = all.get(one.parent)
+    return parent === undefined || parent.pid === 1 || (isSandbox(parent) && orphaned(parent))
+  }
+  return [...all.values()].filter((one) => isSandbox(one) && orphaned(one)).length
 }

@@ -37,6 +37,7 @@ test('500 kills raced against starts and 500 against completions: one end each',
   assert.equal(report.audit.wrong, [])
   assert.is(report.audit.ends, 2 * each)
   assert.is(report.audit.records.size, 2 * each)
+  assert.ok(report.neverStarted > 0, 'some kills came before the start')
 })
 
 test.run()

@@ -30,6 +30,7 @@ test('a kill raced against a start or a completion leaves one end', async () => 
   assert.equal(report.audit.wrong, [])
   assert.is(report.audit.ends, 2 * each)
   assert.is(report.audit.records.size, 2 * each)
+  assert.ok(report.neverStarted > 0, 'some kills came before the start')
   assert.is(report.killVersusStart.completed ?? 0, 0, 'ten seconds of work were cut short each time')
   assert.ok((report.killVersusCompletion.killed ?? 0) + (report.killVersusCompletion.completed ?? 0) === each)
 })

@@ -1,5 +1,6 @@
 /** Kills raced against starts and against completions, on a whole platform. */
 import { setTimeout as delay } from 'node:timers/promises'
+import { derivedWorkloadId } from '../../shared/ids.ts'
 import { http, startTestPlatform } from '../platform.ts'
 import { type Audit, audit } from './audit.ts'
 import { seeded } from './driver.ts'
@@ -32,15 +33,17 @@ export async function runRaces(each: number, width: number, seed: number): Promi
     neverStarted: 0,
     wrongAnswers: [],
   }
-  const race = async (ms: number, killAfterMs: number, counts: Record<string, number>) => {
-    const body = {
-      code: 'export default ({ ms }) => new Promise((resolve) => setTimeout(resolve, ms))',
-      input: { ms },
-    }
-    const accepted = await http<Brief>(`${platform.url}/v1/workloads/async`, { body })
-    if (killAfterMs > 0) await delay(killAfterMs)
-    const { id } = accepted.body
-    const killed = await http<Brief>(`${platform.url}/v1/workloads/${id}/kill`, { method: 'POST' })
+  const code = 'export default ({ ms }) => new Promise((resolve) => setTimeout(resolve, ms))'
+  const post = (key: string, ms: number) =>
+    http<Brief>(`${platform.url}/v1/workloads/async`, {
+      body: { code, input: { ms } },
+      headers: { 'idempotency-key': key },
+    })
+  /** Kills as soon as there is something to kill. */
+  const kill = async (id: string, counts: Record<string, number>) => {
+    let killed = await http<Brief>(`${platform.url}/v1/workloads/${id}/kill`, { method: 'POST' })
+    while (killed.status === 404)
+      killed = await http<Brief>(`${platform.url}/v1/workloads/${id}/kill`, { method: 'POST' })
     const { status, attempts } = killed.body
     if (killed.status !== 200 || !['completed', 'killed'].includes(status))
       report.wrongAnswers.push(`${id}: ${killed.status} ${JSON.stringify(killed.body)}`)
@@ -52,10 +55,17 @@ export async function runRaces(each: number, width: number, seed: number): Promi
   }
   let left = each
   const racer = async () => {
-    while (left-- > 0) {
-      await race(10_000, random() < 0.5 ? 0 : 4 * random(), report.killVersusStart)
+    for (let n = left--; n > 0; n = left--) {
+      // The id is known beforehand, so the kill can set out before the workload exists.
+      const key = `race-${seed}-${n}`
+      const posted = post(key, 10_000)
+      await delay(3 * random())
+      await Promise.all([posted, kill(derivedWorkloadId('default', key), report.killVersusStart)])
+
       const ms = 10 + 20 * random()
-      await race(ms, Math.max(0, ms + 8 * (random() - 0.4)), report.killVersusCompletion)
+      const accepted = await post(`${key}-completion`, ms)
+      await delay(Math.max(0, ms + 8 * (random() - 0.4)))
+      await kill(accepted.body.id, report.killVersusCompletion)
     }
   }
   await Promise.all(Array.from({ length: width }, racer))
