@@ -21,7 +21,9 @@ import { startWatchdog } from './watchdog.ts'
 const hours = z.coerce.number().positive()
 
 export const DispatcherConfig = CommonConfig.extend({
-  /** Port of the internal HTTP server; 0: any free one. */
+  /** Address of the internal HTTP server. It asks nobody who they are: not the gateway’s `VULCAN_HOST`. */
+  dispatcherHost: z.string().default('127.0.0.1'),
+  /** Its port; 0: any free one. */
   dispatcherPort: z.coerce.number().int().min(0).max(65_535).default(8081),
   /** `file:/path`, `libsql://host`, `http(s)://host`; a file in the data directory unless given. */
   databaseUrl: z.string().min(1).optional(),
@@ -45,6 +47,7 @@ export const DispatcherConfig = CommonConfig.extend({
 export type DispatcherConfig = z.infer<typeof DispatcherConfig>
 
 export const dispatcherVariables: Partial<Record<keyof DispatcherConfig, string>> & Record<string, string> = {
+  dispatcherHost: 'VULCAN_DISPATCHER_HOST',
   dispatcherPort: 'VULCAN_DISPATCHER_PORT',
   databaseUrl: 'VULCAN_DATABASE_URL',
   databaseToken: 'VULCAN_DATABASE_TOKEN',
@@ -79,7 +82,7 @@ export async function startDispatcher(options: DispatcherOptions, log: Logger): 
   const app = readsApp({ live, logsKeptMs, log, stop: stop.signal })
   const port = await new Promise<number>((resolve, reject) => {
     const server = serve(
-      { fetch: app.fetch, hostname: options.host, port: options.dispatcherPort },
+      { fetch: app.fetch, hostname: options.dispatcherHost, port: options.dispatcherPort },
       (address) => resolve(address.port),
     )
     server.on('error', reject)
@@ -97,7 +100,8 @@ export async function startDispatcher(options: DispatcherOptions, log: Logger): 
   })
   scope.defer(() => running)
   scope.defer(() => stop.abort())
-  const host = options.host.includes(':') ? `[${options.host}]` : options.host
+  const { dispatcherHost } = options
+  const host = dispatcherHost.includes(':') ? `[${dispatcherHost}]` : dispatcherHost
   const resources = scope.move()
   return { url: `http://${host}:${port}`, live, [Symbol.asyncDispose]: () => resources.disposeAsync() }
 }

@@ -12,6 +12,8 @@ import { logBatches } from './schema.ts'
 
 /** Milliseconds that batches may arrive behind the end that counted them. */
 const stragglerMs = 2_000
+/** An end older than this (ms), by its runner’s clock, has no stragglers to wait for. */
+const settledMs = 60_000
 /** Milliseconds to wait for the fold to reach what the log stream holds. */
 const catchUpMs = 5_000
 /** Batches read at once; one is usually below 200 kB and never above a message’s 1 MiB. */
@@ -115,7 +117,7 @@ export async function settleLogs(
   have = await arrived()
   if (expected === null) return undefined
   const ended = Date.parse(record.ended_at!)
-  const deadline = Math.min(Date.now(), ended) + stragglerMs
+  const deadline = ended < Date.now() - settledMs ? 0 : Date.now() + stragglerMs
   while (have.n < expected && Date.now() < deadline && !signal.aborted) {
     await change(live, id, deadline - Date.now(), signal)
     have = await arrived()
@@ -168,7 +170,7 @@ export async function logPage(
     if (lines.length > limit) break
   }
   const whole = lines.length <= limit
-  if (whole && gap !== undefined && from?.line !== behindAll) lines.push(gap)
+  if (whole && gap !== undefined && (from === undefined || gap.id !== logId(from))) lines.push(gap)
   const page = lines.slice(0, limit)
   const complete = ended && lines.length <= limit
   const last = page.at(-1)?.id ?? (from === undefined ? null : logId(from))

@@ -99,11 +99,12 @@ export async function sweepBlobs(
   if (state.messages > 0 && !(await live.events.reached(state.last_seq, foldMs))) return 0
   const kept = await live.read((database) => referenced(database, old))
   const free = old.filter((digest) => !kept.has(digest))
-  let removed = 0
-  for (const digest of free) if (suspects.has(digest) && (await blobs.removeStale(digest, before))) removed++
+  const removed = new Set<Digest>()
+  for (const digest of free)
+    if (suspects.has(digest) && (await blobs.removeStale(digest, before))) removed.add(digest)
   suspects.clear()
-  for (const digest of free) suspects.add(digest)
-  return removed
+  for (const digest of free) if (!removed.has(digest)) suspects.add(digest)
+  return removed.size
 }
 
 export function startRetention(options: RetentionOptions): AsyncDisposable {

@@ -3,7 +3,7 @@
  * the client has taken what was read before, so a slow client costs one chunk of memory however far it is behind.
  */
 import { hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
-import type { LogEnd, LogEntry, LogPlace } from '../shared/reads.ts'
+import { type LogEnd, type LogEntry, type LogPlace, logId } from '../shared/reads.ts'
 import type { WorkloadId } from '../shared/workload.ts'
 import { findRow } from './find.ts'
 import type { Live } from './live.ts'
@@ -88,7 +88,8 @@ async function* sseChunks(
         if (signal.aborted) return
         if ((await entriesAfter(live, id, place)).more) continue
         const end: LogEnd = { status: record.status, cause: record.cause }
-        yield `${gap === undefined ? '' : toEvent(gap)}event: end\ndata: ${JSON.stringify(end)}\n\n`
+        const last = gap === undefined || gap.id === logId(from) ? '' : toEvent(gap)
+        yield `${last}event: end\ndata: ${JSON.stringify(end)}\n\n`
         return
       }
       while (!(await woken(commentMs))) yield ':\n\n'

@@ -1,4 +1,5 @@
 import { execFile } from 'node:child_process'
+import { randomUUID } from 'node:crypto'
 import { globSync } from 'node:fs'
 import { copyFile, mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
@@ -50,6 +51,7 @@ export async function findNatsServer(options: FindOptions): Promise<string> {
   if (download) {
     log('fetching nats-server from Debian (once, about 5 MB)')
     try {
+      await mkdir(cacheDir, { recursive: true })
       await fetchDebianPackage(cached)
       return cached
     } catch (error) {
@@ -137,8 +139,7 @@ async function downloadFrom(mirror: string, suite: string, target: string): Prom
   if (!version || !isAtLeast(version, MINIMUM_VERSION)) throw new Error(`has version ${version ?? 'unknown'}`)
 
   // Copied beside its place and renamed, so that a parallel start sees the whole file or none.
-  const beside = `${target}.${process.pid}`
-  await mkdir(join(target, '..'), { recursive: true })
+  const beside = `${target}.${randomUUID()}`
   await copyFile(join(work, binary!), beside)
   await rename(beside, target)
 }

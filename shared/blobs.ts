@@ -94,6 +94,10 @@ export class Blobs {
     return infos.map((info) => ({ digest: info.name as Digest, size: info.size, at: Date.parse(info.mtime) }))
   }
 
+  async remove(digest: Digest): Promise<void> {
+    await this.#store.delete(digest)
+  }
+
   /**
    * Removes a blob that was last put before `before` (ms since the epoch); says whether it did. A put at the same
    * moment wins: the mark of deletion is only stored upon the revision that was found too old.
@@ -121,6 +125,7 @@ export class Blobs {
   }
 
   async #info(digest: Digest): Promise<ObjectInfo | null> {
+    if (!this.#bus.connected) throw new BusUnavailable('not connected')
     return await this.#store.info(digest).catch((cause) => {
       throw new BusUnavailable('the blob store cannot be read', { cause })
     })

@@ -140,6 +140,8 @@ export class Bus implements AsyncDisposable {
       if (status.type === 'disconnect' || status.type === 'reconnect') {
         this.connected = status.type === 'reconnect'
         this.disconnectedAt = this.connected ? undefined : (this.disconnectedAt ?? Date.now())
+        // An acknowledgement on its way is lost with the connection.
+        if (!this.connected) this.#loseAcks()
         for (const listener of this.#listeners) listener(this.connected)
       }
     }
@@ -216,6 +218,11 @@ export class Bus implements AsyncDisposable {
       throw new JetStreamApiError(ack.error)
     }
     return ack.seq!
+  }
+
+  #loseAcks(): void {
+    for (const { resolve } of this.#acks.values()) resolve(undefined)
+    this.#acks.clear()
   }
 
   #expireAcks(): void {
@@ -360,8 +367,7 @@ export class Bus implements AsyncDisposable {
     }
     await this.nc.close()
     this.connected = false
-    for (const { resolve } of this.#acks.values()) resolve(undefined)
-    this.#acks.clear()
+    this.#loseAcks()
     for (const listener of this.#listeners) listener(false)
   }
 }

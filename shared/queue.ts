@@ -103,7 +103,7 @@ export function pullWork(
   }
 
   function startOver(state: typeof current) {
-    if (stopped || state !== current) return
+    if (stopped || state !== current || bus.nc.isClosed()) return
     // What is still on its way to the old inbox is taken; the rest is redelivered by the server.
     setTimeout(() => {
       state.subscription.unsubscribe()

@@ -209,7 +209,7 @@ export class SandboxChild {
     } catch (error) {
       if (!(error instanceof FrameError)) throw error
       this.#stderr += `\n${error.message}`
-      this.kill('protocol')
+      this.kill('protocol', true)
     }
   }
 

@@ -2,6 +2,7 @@
  * The sandbox children of one runner: as few as serve it, more when runs are long, none that anything else could
  * have harmed. One child runs one workload at a time, so that whatever happens to it is the doing of that one.
  */
+import { availableParallelism } from 'node:os'
 import type { LogLevel, LogLine } from '../../shared/workload.ts'
 import type { Job, Outcome, Prepared } from '../runner.ts'
 import { type Occupant, SandboxChild } from './child-process.ts'
@@ -17,15 +18,22 @@ export interface PoolOptions {
   idleMs: number
 }
 
-/** A run waits so many ms for a child to become idle before another one is started. */
+/** How often, in ms, it is considered whether those who wait deserve another child. */
 const patienceMs = 15
+/** What another child costs, in ms: waiting less than this for one that is there is better. */
+const startMs = 150
+/** When no child has become free for so many ms, those who wait are behind something long. */
+const stallMs = 50
+/** Weight of the newest run in the running means of what runs take. */
+const newest = 0.05
 /** A run is long after so many ms: its child is no longer counted on, and its memory is watched. */
 const longMs = 50
 const watchMs = 25
 /** A child that was told to stop has so many ms to say that it has. */
 const graceMs = 150
+const cores = availableParallelism()
 /** Children starting at once: each takes a core for about 100 ms. */
-const maxStarting = 4
+const maxStarting = cores
 /** An idle child with more resident memory than this is replaced, in MiB; a fresh one has about 65. */
 const maxKeptMb = 384
 /** Resident memory is looked at after so many runs. */
@@ -50,6 +58,11 @@ export class Pool {
   #failures = 0
   #lastFailure = ''
   #closed = false
+  /** When a child last became free. */
+  #freedAt = 0
+  /** Running means of what a run takes of its child’s time and of a core’s, in ms. */
+  #meanMs = 0
+  #meanCpuMs = 0
   #onChange: (() => void) | undefined
 
   constructor(walls: Walls, options: PoolOptions) {
@@ -110,6 +123,7 @@ export class Pool {
   giveBack(child: SandboxChild) {
     if (child.gone || child.killReason !== undefined) return
     const now = performance.now()
+    this.#freedAt = now
     if (child.runs % sampleRuns === 0 || now - child.since > longMs) {
       child.idleRssMb = child.rssMb()
       if (child.idleRssMb > maxKeptMb) return this.retire(child)
@@ -229,11 +243,30 @@ export class Pool {
   #impatient = () => {
     this.#patience = undefined
     if (this.#waiting.length === 0) return
-    if (performance.now() - this.#waiting[0]!.waitingSince >= patienceMs - 1 && this.#retry === undefined) {
+    if (this.#retry === undefined && this.#wouldHelp(performance.now())) {
       const more = Math.min(this.#waiting.length, maxStarting) - this.#starting()
       for (let i = 0; i < more; i++) this.#spawn()
     }
     this.#patience = setTimeout(this.#impatient, patienceMs)
+  }
+
+  /** What a run took of its child’s time and of a core’s, in ms. */
+  ran(ms: number, cpuMs: number): void {
+    this.#meanMs += (ms - this.#meanMs) * newest
+    this.#meanCpuMs += (cpuMs - this.#meanCpuMs) * newest
+  }
+
+  /**
+   * Whether those who wait would be served sooner by one more child: not when the ones there are soon through with
+   * the queue, nor when the runs already keep every core busy.
+   */
+  #wouldHelp(now: number): boolean {
+    if (now - this.#waiting[0]!.waitingSince < patienceMs - 1) return false
+    if (now - this.#freedAt > stallMs) return true
+    const children = this.#children.size
+    const expectedMs = (this.#waiting.length * this.#meanMs) / Math.max(1, children)
+    const busyCores = (children * this.#meanCpuMs) / Math.max(0.01, this.#meanMs)
+    return expectedMs > startMs && busyCores < 0.9 * cores
   }
 
   #look = () => {
@@ -395,6 +428,7 @@ export class Attempt implements Prepared, Occupant {
 
   onDone(header: DoneHeader, output: string | undefined) {
     const { status, cause, message, stack, start, cpu_ms, memory_mb } = header
+    this.#pool.ran(performance.now() - this.#child!.since, cpu_ms)
     const usage = { cpu_ms: round(cpu_ms), memory_peak_mb: round(Math.max(memory_mb, this.#peakMb)) }
     const ran = { usage, start }
     // isolated-vm lets go of an isolate whose memory is spent, but the process is not what it was.

@@ -69,7 +69,8 @@ test('a stream replays, goes on live, and ends by itself after the last line', a
   await publish.logs(id, 2, ['c'])
   await until('the live line', () => stream.events.length === 3)
   // The end overtakes the last batch.
-  await publish.ended(id, 'failed', { cause: 'user_error', logs: { last: 3, lines: 4, dropped: 0 } })
+  const now = new Date().toISOString()
+  await publish.ended(id, 'failed', { cause: 'user_error', logs: { last: 3, lines: 4, dropped: 0 } }, now)
   await delay(300)
   assert.is(stream.events.length, 3)
   await publish.logs(id, 3, ['d'])

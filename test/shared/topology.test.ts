@@ -66,7 +66,7 @@ test('changed settings are brought to what stands, and nothing is lost by it', a
   assert.is((await jsm.consumers.info(WORK, 'isolate')).config.ack_wait, 4_000 * 1_000_000)
   assert.is((await jsm.streams.info(EVENTS)).config.max_age, 3_600 * 1e9)
   assert.is((await jsm.streams.info(LOGS)).config.max_bytes, 64 * 1_048_576)
-  assert.is(await queued(on.bus), 1)
+  await until('the queued message', async () => (await queued(on.bus)) === 1 || undefined)
 })
 
 test('an accepted event is queued once, under its isolation and target, and no other event is', async () => {

@@ -6,9 +6,26 @@ import * as assert from 'uvu/assert'
 import { createIsolateRunner } from '../../../runners/isolate/index.ts'
 import { Pool } from '../../../runners/isolate/pool.ts'
 import { encodeMessage, kinds } from '../../../runners/isolate/protocol.ts'
+import { childMarker } from '../../../runners/isolate/walls.ts'
 import { failure, isAlive, job, output, run, sleep } from './support.ts'
 
 const alive = (pid: number) => isAlive(pid, (path) => readFileSync(path, 'utf8'))
+const childrenOf = (pid: number) =>
+  readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').split(' ').filter(Boolean).map(Number)
+/** Processes of the isolate runner that belong to nobody any more. */
+const orphans = () =>
+  readdirSync('/proc').filter((name) => {
+    if (!/^\d+$/.test(name)) return false
+    try {
+      const stat = readFileSync(`/proc/${name}/stat`, 'utf8')
+      return (
+        readFileSync(`/proc/${name}/cmdline`, 'utf8').split('\0').includes(childMarker) &&
+        stat.slice(stat.lastIndexOf(')') + 2).split(' ')[1] === '1'
+      )
+    } catch {
+      return false
+    }
+  })
 const never = () => new AbortController().signal
 const busy = 'console.log("running"); export default () => { while (true) {} }'
 const sleeper = 'console.log("running"); export default () => new Promise(() => {})'
@@ -71,6 +88,24 @@ test('closing the runner ends what runs and leaves no process', async () => {
     assert.is(outcome.status === 'failed' && outcome.cause, 'runner_lost')
   assert.equal(pids.filter(alive), [])
   await failure(runner, 'export default () => 1', 'backend_unavailable')
+})
+
+test('children killed at any moment of their start leave no process and no slot behind', async () => {
+  const runner = await createIsolateRunner({ min: 2, max: 4 })
+  const mine = () => childrenOf(process.pid)
+  for (let round = 0; round < 60; round++) {
+    for (const pid of mine()) process.kill(pid, 'SIGKILL')
+    await sleep(Math.random() * 30)
+  }
+  const inputs = [1, 2, 3, 4, 5, 6]
+  const code =
+    'export default async (n) => { await new Promise((resolve) => setTimeout(resolve, 50)); return n }'
+  assert.equal(await Promise.all(inputs.map((input) => output(runner, code, { input }))), inputs)
+  await runner[Symbol.asyncDispose]()
+  assert.equal(mine(), [])
+  // An orphan is found half a second after its parent has died, or by the next runner that starts.
+  await (await createIsolateRunner({ min: 1 }))[Symbol.asyncDispose]()
+  assert.equal(orphans(), [])
 })
 
 for (const options of [{}, { bwrap: false }]) {

@@ -1,0 +1,141 @@
+/** A runner that does what a test says, in this process, behind a real consume loop. */
+import pino from 'pino'
+import { Blobs } from '../../shared/blobs.ts'
+import { Bus } from '../../shared/bus.ts'
+import { newProcessId } from '../../shared/ids.ts'
+import type { Cause, LogLine } from '../../shared/workload.ts'
+import type { Capabilities, Job, Outcome, Prepared, Runner } from '../../runners/runner.ts'
+import { runWorker, type WorkerOptions } from '../../runners/worker.ts'
+import type { Ground } from '../shared/support.ts'
+
+const ran = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'warm' as const }
+
+export const completed = (value: unknown = null): Outcome => ({
+  status: 'completed',
+  output: JSON.stringify(value),
+  exitCode: null,
+  ...ran,
+})
+export const failed = (cause: Cause, message = 'it broke'): Outcome => ({
+  status: 'failed',
+  cause,
+  error: { message, stack: null },
+  exitCode: null,
+  ...ran,
+})
+export const stopped: Outcome = { status: 'stopped', ...ran }
+
+export const line = (text: string): LogLine => ({
+  time: new Date().toISOString(),
+  level: 'info',
+  stream: 'console',
+  text,
+})
+
+/** Settles when the attempt is told to stop, as a runner whose code never ends by itself. */
+export const untilStopped = (signal: AbortSignal): Promise<Outcome> =>
+  new Promise((resolve) => {
+    if (signal.aborted) resolve(stopped)
+    signal.addEventListener('abort', () => resolve(stopped), { once: true })
+  })
+
+/** What stands for the user's code. It is only called where the attempt was not stopped before. */
+export type Code = (job: Job, signal: AbortSignal, log: (line: LogLine) => void) => Outcome | Promise<Outcome>
+
+export const capabilities: Capabilities = {
+  runtimes: ['javascript', 'typescript'],
+  egress: ['none'],
+  walls: ['none'],
+  missing: [],
+  version: 'fake 1',
+}
+
+export interface FakeRunner extends Runner {
+  /** Jobs whose code was begun. */
+  ran: Job[]
+  prepared: number
+  released: number
+}
+
+export function fakeRunner(code: Code): FakeRunner {
+  const runner: FakeRunner = {
+    isolation: 'isolate',
+    capabilities,
+    ran: [],
+    prepared: 0,
+    released: 0,
+    prepare(job): Prepared {
+      runner.prepared++
+      return {
+        async run(signal, onLog) {
+          if (signal.aborted) return stopped
+          runner.ran.push(job)
+          return await code(job, signal, onLog)
+        },
+        release() {
+          runner.released++
+        },
+      }
+    },
+    pids: () => [],
+    [Symbol.asyncDispose]: async () => {},
+  }
+  return runner
+}
+
+export interface Worker extends AsyncDisposable {
+  id: string
+  runner: FakeRunner
+  bus: Bus
+  /** Tells it to stop, and waits until it has. */
+  stop(): Promise<void>
+  /** It is gone without a word, as after SIGKILL: its connection closes and nothing it holds is acknowledged. */
+  die(): Promise<void>
+}
+
+/** A consume loop with a connection of its own. */
+export async function startWorker(
+  on: Ground,
+  code: Code,
+  over: Partial<WorkerOptions> = {},
+): Promise<Worker> {
+  const id = newProcessId('isolate')
+  const bus = await Bus.connect({ url: on.nats.url, name: id })
+  const runner = fakeRunner(code)
+  const stop = new AbortController()
+  const done = runWorker(
+    {
+      bus,
+      blobs: await Blobs.open(bus, 1),
+      runner,
+      runnerId: id,
+      slots: 8,
+      ackWaitMs: on.topology.ackWaitMs,
+      replicas: 1,
+      logLimits: { lines: 10_000, bytes: 5 * 1_048_576 },
+      log: pino({ level: process.env.VULCAN_TEST_LOG === undefined ? 'silent' : 'debug' }),
+      ...over,
+    },
+    stop.signal,
+  )
+  const worker: Worker = {
+    id,
+    runner,
+    bus,
+    async stop() {
+      stop.abort()
+      await done
+    },
+    async die() {
+      await bus.nc.close()
+      await bus[Symbol.asyncDispose]()
+    },
+    async [Symbol.asyncDispose]() {
+      stop.abort()
+      await done
+      await bus[Symbol.asyncDispose]()
+    },
+  }
+  return worker
+}
+
