@@ -6,6 +6,7 @@ import { Blobs } from '../../shared/blobs.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { DispatcherReadiness, Stats, WorkloadList } from '../../shared/reads.ts'
 import { Workload } from '../../shared/workload.ts'
+import { startRemoteDatabase } from './hrana.ts'
 import { folded, getJson, makeWorld, until } from './support.ts'
 
 test('a list is newest first, filtered, paged by cursor, and stable while workloads come in', async () => {
@@ -220,6 +221,33 @@ test('a remote database out of reach makes it unready, and it keeps trying', asy
   const answer = await getJson(`${dispatcher.url}/v1/workloads/${newWorkloadId()}`)
   assert.is(answer.body.code, 'database_unavailable')
   assert.is((await fetch(`${dispatcher.url}/healthz`)).status, 200)
+})
+
+test('a remote database is folded into, through its absence and the loss of its tables', async () => {
+  await using world = await makeWorld()
+  const { publish, bus } = world
+  await using remote = await startRemoteDatabase()
+  const dispatcher = await world.dispatcher({ databaseUrl: remote.url })
+  const ids = [await publish.run({ labels: { a: 'b' } })]
+  await publish.logs(ids[0]!, 1, ['x'])
+  await folded(dispatcher, bus)
+  remote.down = true
+  ids.push(await publish.run({ labels: { a: 'b' } }))
+  await until('unready', async () => (await fetch(`${dispatcher.url}/readyz`)).status === 503)
+  assert.is((await getJson(`${dispatcher.url}/v1/workloads/${ids[0]}`)).body.code, 'database_unavailable')
+  remote.down = false
+  await folded(dispatcher, bus)
+  const list = async () => (await getJson(`${dispatcher.url}/v1/workloads?label=a`)).body.workloads
+  assert.is((await list()).length, 2)
+  assert.equal((await getJson(`${dispatcher.url}/v1/workloads/${ids[1]}`)).body.output, { y: 42 })
+  assert.is((await getJson(`${dispatcher.url}/v1/workloads/${ids[0]}/logs`)).body.lines.length, 1)
+
+  const tables = remote.database
+    .prepare("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+    .all()
+  for (const { name } of tables) remote.database.exec(`DROP TABLE "${name}"`)
+  ids.push(await publish.run({ labels: { a: 'b' } }))
+  await until('all rebuilt', async () => (await list())?.length === 3)
 })
 
 test('statistics count by status and isolation and take percentiles of what ended', async () => {
