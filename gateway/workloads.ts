@@ -32,19 +32,18 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
   const app = new Hono<{ Bindings: HttpBindings }>()
   const origin = { source: `/vulcan/gateways/${routes.gatewayId}` }
 
-  // An id that is none never reaches a subject.
-  app.use('/:id/*', async (c, next) => {
-    const id = c.req.param('id')
-    const isAsync = id === 'async' && c.req.method === 'POST'
-    if (!isAsync && !WorkloadId.safeParse(id).success) throw notFound(id)
-    await next()
-  })
   app.post('/', async (c) => {
     const preference = parsePrefer(c.req.header('prefer'))
     return run(c, await candidateOf(c), preference)
   })
   app.post('/async', async (c) => run(c, await candidateOf(c), inBackground))
 
+  // An id that is none never reaches a subject.
+  app.use('/:id/*', async (c, next) => {
+    const id = c.req.param('id')
+    if (!WorkloadId.safeParse(id).success) throw notFound(id)
+    await next()
+  })
   app.get('/', (c) => reads.forward(c))
   app.get('/:id', (c) => reads.forward(c))
   app.get('/:id/logs', (c) => reads.forward(c))

@@ -3,6 +3,7 @@
  * `started` is stored before the user’s code runs, the end before the reply, the reply before the acknowledgement.
  * A crash anywhere means redelivery, and the referee decides what still holds.
  */
+import { z } from 'zod'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus, StoredEvent } from '../shared/bus.ts'
 import { BusUnavailable } from '../shared/errors.ts'
@@ -21,7 +22,7 @@ import { sha256Hex } from '../shared/ids.ts'
 import { mayRetry, retryDelay, standing } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import type { WorkMessage } from '../shared/queue.ts'
-import { eventSubject, lateSubject, logSubject, replySubject } from '../shared/subjects.ts'
+import { controlSubject, eventSubject, lateSubject, logSubject, replySubject } from '../shared/subjects.ts'
 import type { Cause, Receipt, WorkloadSpec } from '../shared/workload.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
 import type { Job, Outcome, Prepared, Runner } from './runner.ts'
@@ -37,13 +38,26 @@ export type StopReason = 'killed' | 'timeout' | 'shutdown' | 'lease_lost'
 export interface Held {
   message: WorkMessage
   stop: AbortController
+  /** The attempt that runs here now; undefined before and after. */
+  attempt: number | undefined
 }
+
+/** What is asked on a workload’s control subject: to end it, or whether its attempt runs there. */
+export const ControlRequest = z.discriminatedUnion('action', [
+  z.object({ action: z.literal('kill') }),
+  z.object({ action: z.literal('have'), attempt: z.int() }),
+])
+export type ControlRequest = z.infer<typeof ControlRequest>
+
+/** Milliseconds that a runner is given to say that it has a workload. */
+const haveTimeoutMs = 500
 
 export interface AttemptContext {
   bus: Bus
   blobs: Blobs
   runner: Runner
   runnerId: string
+  ackWaitMs: number
   logLimits: LogLimits
   log: Logger
   /** What this process holds, by workload. */
@@ -66,7 +80,7 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
     message.working()
     return
   }
-  const mine: Held = { message, stop: new AbortController() }
+  const mine: Held = { message, stop: new AbortController(), attempt: undefined }
   held.set(message.workload, mine)
   try {
     const parsed = eventSchemas.accepted.safeParse(parseJson(message.body))
@@ -116,6 +130,12 @@ async function step(
       return await attempt(context, held, accepted, now.attempts + 1, last.seq)
     }
     case 'running': {
+      // A message can come back while its first holder is alive, as when its consumer had to be made anew.
+      const question = JSON.stringify({ action: 'have', attempt: now.attempts } satisfies ControlRequest)
+      if ((await context.bus.ask(controlSubject(accepted.subject), question, haveTimeoutMs)) !== undefined) {
+        held.message.later(context.ackWaitMs)
+        return undefined
+      }
       const error = { message: `runner ${now.runner} was lost while it ran`, stack: null }
       const retry = accepted.data.spec.retry
       const data = { attempt: now.attempts, runner: now.runner, cause: 'runner_lost' as const, error }
@@ -151,6 +171,7 @@ async function attempt(
   const { spec } = accepted.data
   const job = await toJob(context, accepted, spec, n)
   const prepared: Prepared | undefined = typeof job === 'string' ? undefined : runner.prepare(job)
+  held.attempt = n
   try {
     const started = makeEvent('started', id, n, { attempt: n, runner: runnerId }, originOf(context, accepted))
     const stored = await bus.settleEvent(eventSubject(id, 'started'), started, expected)
@@ -224,6 +245,7 @@ async function attempt(
       endOf({ ...base, cause, error, exit_code: exitCode }),
     )
   } finally {
+    held.attempt = undefined
     prepared?.release()
   }
 }
@@ -374,7 +396,8 @@ const originOf = (context: AttemptContext, accepted: AcceptedEvent): Origin => (
   traceparent: accepted.traceparent,
 })
 
-function parseJson(text: string): unknown {
+/** The value, or undefined where the text is not JSON. */
+export function parseJson(text: string): unknown {
   try {
     return JSON.parse(text)
   } catch {

@@ -12,7 +12,7 @@ import { pullWork } from '../shared/queue.ts'
 import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
 import { workConsumer } from '../shared/topology.ts'
 import type { Isolation } from '../shared/workload.ts'
-import { type Held, type StopReason, takeWork } from './attempt.ts'
+import { ControlRequest, type Held, parseJson, type StopReason, takeWork } from './attempt.ts'
 import type { LogLimits } from './logbook.ts'
 import type { Probe, Runner } from './runner.ts'
 
@@ -37,7 +37,7 @@ export interface WorkerOptions {
 export async function runWorker(options: WorkerOptions, stop: AbortSignal): Promise<void> {
   const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, log } = options
   const held = new Map<string, Held>()
-  const context = { bus, blobs, runner, runnerId, logLimits, log, held }
+  const context = { bus, blobs, runner, runnerId, ackWaitMs, logLimits, log, held }
 
   const stopAll = (reason: StopReason) => {
     for (const one of held.values()) one.stop.abort(reason)
@@ -64,7 +64,10 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   const controls = bus.listen(allControls, (message) => {
     const mine = held.get(workloadOf(message.subject))
     if (mine === undefined) return
-    mine.stop.abort('killed' satisfies StopReason)
+    const request = ControlRequest.safeParse(parseJson(message.string()))
+    if (!request.success) return
+    if (request.data.action === 'kill') mine.stop.abort('killed' satisfies StopReason)
+    else if (request.data.attempt !== mine.attempt) return
     message.respond('{"ok":true}')
   })
 

@@ -86,7 +86,8 @@ export function isAtLeast(version: string, minimum: string): boolean {
 }
 
 async function fetchDebianPackage(target: string): Promise<void> {
-  const mirrors = new Set([...(await configuredMirrors()), 'http://deb.debian.org/debian'])
+  const mirrors = new Set(await configuredMirrors())
+  if (mirrors.size === 0) throw new Error('found no Debian mirror in the apt sources of this machine')
   const failures: string[] = []
   for (const mirror of mirrors) {
     for (const suite of suites) {

@@ -11,7 +11,9 @@ interface Value {
   value?: string | number
 }
 interface Stmt {
-  sql: string
+  sql?: string
+  /** Of a text that was sent before in the same request. */
+  sql_id?: number
   args?: Value[]
 }
 type Condition =
@@ -23,7 +25,8 @@ type Request =
   | { type: 'execute'; stmt: Stmt }
   | { type: 'batch'; batch: { steps: { condition?: Condition | null; stmt: Stmt }[] } }
   | { type: 'sequence'; sql: string }
-  | { type: 'close' | 'get_autocommit' | 'store_sql' | 'close_sql' }
+  | { type: 'store_sql'; sql_id: number; sql: string }
+  | { type: 'close' | 'get_autocommit' | 'close_sql' }
 
 const fromValue = ({ type, value }: Value) =>
   type === 'null' ? null : type === 'integer' ? BigInt(value as string) : (value as string | number)
@@ -45,8 +48,9 @@ export type RemoteDatabase = AsyncDisposable & {
 
 export async function startRemoteDatabase(): Promise<RemoteDatabase> {
   const database = new DatabaseSync(':memory:')
-  const execute = ({ sql, args = [] }: Stmt) => {
-    const statement = database.prepare(sql)
+  const texts = new Map<number | undefined, string>()
+  const execute = ({ sql, sql_id, args = [] }: Stmt) => {
+    const statement = database.prepare(sql ?? texts.get(sql_id)!)
     statement.setReadBigInts(true)
     statement.setReturnArrays(true)
     const columns = statement.columns()
@@ -63,6 +67,9 @@ export async function startRemoteDatabase(): Promise<RemoteDatabase> {
     switch (request.type) {
       case 'execute':
         return { type: 'execute', result: execute(request.stmt) }
+      case 'store_sql':
+        texts.set(request.sql_id, request.sql)
+        return { type: 'store_sql' }
       case 'sequence':
         database.exec(request.sql)
         return { type: 'sequence' }
