@@ -275,7 +275,8 @@ export class Bus implements AsyncDisposable {
         const published = await this.publishEvent(subject, event, expected)
         if (published.stored) return published
         const last = await this.lastEvent(event.subject)
-        const ours = last?.event.id === event.id && last.event.source === event.source
+        const ours =
+          last?.event.id === event.id && last.event.source === event.source && last.event.time === event.time
         return ours ? { stored: true, seq: last.seq } : { stored: false, last }
       } catch (error) {
         if (!(error instanceof BusUnavailable || error instanceof StreamFull)) throw error

@@ -31,6 +31,8 @@ export interface Occupant {
 
 export interface ChildEvents {
   onReady(child: SandboxChild): void
+  /** It is going down: nothing more should be given to it. `onGone` follows when all of its output has been read. */
+  onDying(child: SandboxChild): void
   onGone(child: SandboxChild): void
 }
 
@@ -59,6 +61,7 @@ export class SandboxChild {
   readonly keys = new Set<string>()
   version = ''
   ready = false
+  dying = false
   gone = false
   /** Why it was killed, where we did it. */
   killReason: 'oom' | 'stopped' | 'protocol' | 'retired' | undefined
@@ -105,12 +108,14 @@ export class SandboxChild {
       // bubblewrap exits with 128 + n where signal n ended what it held.
       this.#exit =
         signal !== null ? `signal ${signal}` : code! > 128 ? `signal ${code! - 128}` : `exit code ${code}`
+      this.#down()
       this.#closeTimer = setTimeout(() => {
         killOrphans(childMarker)
         child.stdout!.destroy()
         child.stderr!.destroy()
       }, closeMs)
     })
+    child.stdout!.on('end', () => this.#down())
     child.on('close', () => this.#close())
   }
 
@@ -180,6 +185,7 @@ export class SandboxChild {
     if (this.gone) return
     this.killReason ??= reason
     if (!now) return
+    this.#down()
     // The innermost first: when its pipes are closed, nothing of it runs any more.
     for (const pid of this.pids.reverse()) {
       try {
@@ -266,8 +272,15 @@ export class SandboxChild {
     else this.#events.onReady(this)
   }
 
+  #down(): void {
+    if (this.dying) return
+    this.dying = true
+    this.#events.onDying(this)
+  }
+
   #close(): void {
     if (this.gone) return
+    this.#down()
     this.gone = true
     clearTimeout(this.#readyTimer)
     clearTimeout(this.#closeTimer)

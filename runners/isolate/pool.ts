@@ -121,7 +121,7 @@ export class Pool {
 
   /** Gives back a child that is ready for the next run. */
   giveBack(child: SandboxChild) {
-    if (child.gone || child.killReason !== undefined) return
+    if (child.dying) return
     const now = performance.now()
     this.#freedAt = now
     if (child.runs % sampleRuns === 0 || now - child.since > longMs) {
@@ -193,6 +193,10 @@ export class Pool {
         this.giveBack(ready)
         this.#onChange?.()
       },
+      onDying: (dying) => {
+        const at = this.#idle.indexOf(dying)
+        if (at >= 0) this.#idle.splice(at, 1)
+      },
       onGone: (gone) => this.#lost(gone),
     })
     this.#children.add(child)
@@ -200,8 +204,6 @@ export class Pool {
 
   #lost(child: SandboxChild): void {
     this.#children.delete(child)
-    const at = this.#idle.indexOf(child)
-    if (at >= 0) this.#idle.splice(at, 1)
     // One that somebody else killed says nothing of whether the next will start.
     const failed = !child.ready && !child.killedByOthers
     if (failed) this.#failures++
@@ -303,7 +305,6 @@ export class Pool {
     for (const child of [...this.#idle]) {
       if (spare <= 0 || now - child.since < this.#options.idleMs) break
       spare--
-      this.#idle.splice(this.#idle.indexOf(child), 1)
       child.kill('retired')
     }
   }
@@ -468,8 +469,7 @@ export class Attempt implements Prepared, Occupant {
 
   #acquire() {
     const reserved = this.#child
-    if (reserved !== undefined && !reserved.gone && reserved.killReason === undefined)
-      return this.begin(reserved)
+    if (reserved !== undefined && !reserved.dying) return this.begin(reserved)
     this.#child = undefined
     this.waitingSince = performance.now()
     const child = this.#pool.acquire(this)

@@ -26,6 +26,12 @@ const orphans = () =>
       return false
     }
   })
+/** Settles when they are dead, and this process knows. */
+const killAll = async (pids: number[]) => {
+  for (const pid of pids) process.kill(pid, 'SIGKILL')
+  while (pids.some(alive)) await sleep(5)
+  await sleep(20)
+}
 const never = () => new AbortController().signal
 const busy = 'console.log("running"); export default () => { while (true) {} }'
 const sleeper = 'console.log("running"); export default () => new Promise(() => {})'
@@ -50,8 +56,7 @@ for (const [what, code] of [
 test('children killed while idle are replaced', async () => {
   await using runner = await createIsolateRunner({ min: 2, max: 2 })
   for (let round = 0; round < 3; round++) {
-    for (const pid of runner.pids()) process.kill(pid, 'SIGKILL')
-    await sleep(50)
+    await killAll(runner.pids())
     assert.is(await output(runner, 'export default () => "next"'), 'next')
   }
 })
@@ -97,6 +102,7 @@ test('children killed at any moment of their start leave no process and no slot 
     for (const pid of mine()) process.kill(pid, 'SIGKILL')
     await sleep(Math.random() * 30)
   }
+  await killAll(mine())
   const inputs = [1, 2, 3, 4, 5, 6]
   const code =
     'export default async (n) => { await new Promise((resolve) => setTimeout(resolve, 50)); return n }'
