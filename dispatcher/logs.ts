@@ -94,6 +94,7 @@ export function logProjection(limits: LogLimits, log: Logger): Projection {
   )
   return {
     stream: LOGS,
+    lingerMs: 10,
     counter: 'logs',
     clear: ['DELETE FROM log_batches'],
     forget: () => recent.clear(),

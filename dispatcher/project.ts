@@ -12,9 +12,8 @@ import { type Database, isHopeless } from './database.ts'
 import type { Changes, Progress } from './progress.ts'
 import { checkpoints } from './schema.ts'
 
-/** A batch is committed at so many messages, or so many milliseconds after its first. */
+/** A batch is committed at so many messages at the latest. */
 const batchMessages = 500
-const lingerMs = 8
 
 /** What one batch does to the database, and to what is remembered of it once it is committed. */
 export interface Plan {
@@ -29,6 +28,8 @@ export interface Plan {
 /** How the messages of a stream become rows. */
 export interface Projection {
   stream: string
+  /** A batch is committed so many milliseconds after its first message, unless a reader hurries it. */
+  lingerMs: number
   /** Reads what it needs and decides; changes nothing, as it may be asked again for the same messages. */
   plan(database: Database, messages: StoredMessage[]): Promise<Plan>
   /** Forgets what it remembers of the rows. */
@@ -55,7 +56,7 @@ export interface ProjectContext {
 /** Runs until `signal` is aborted; rejects then with its reason. */
 export async function project(context: ProjectContext, signal: AbortSignal): Promise<never> {
   const { bus, database, projection, progress, ensure, log } = context
-  const { stream } = projection
+  const { stream, lingerMs } = projection
   for (;;) {
     const place = await persist(context, signal, () => readPlace(database, stream))
     projection.forget()

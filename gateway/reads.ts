@@ -10,6 +10,24 @@ const handedBack = ['content-type', 'cache-control', 'retry-after', 'link', 'x-a
 const unavailable = (cause: unknown) =>
   new Problem('database_unavailable', { detail: 'the dispatcher cannot be reached', retryAfterS: 1, cause })
 
+/** The bytes as they come; they end where the client goes away, which is no error. */
+function untilGone(bytes: ReadableStream<Uint8Array>, gone: AbortSignal): ReadableStream<Uint8Array> {
+  const reader = bytes.getReader()
+  return new ReadableStream({
+    async pull(controller) {
+      try {
+        const { done, value } = await reader.read()
+        if (done) controller.close()
+        else controller.enqueue(value)
+      } catch (error) {
+        if (gone.aborted) controller.close()
+        else controller.error(error)
+      }
+    },
+    cancel: (reason) => reader.cancel(reason),
+  })
+}
+
 export interface Reads {
   /** Answers the request with what the dispatcher answers on the same path and query. */
   forward(c: Context): Promise<Response>
@@ -39,7 +57,8 @@ export function readsFrom(dispatcherUrl: string): Reads {
         const value = answer.headers.get(name)
         if (value !== null) back.set(name, value)
       }
-      return new Response(answer.body, { status: answer.status, headers: back })
+      const body = answer.body === null ? null : untilGone(answer.body, c.req.raw.signal)
+      return new Response(body, { status: answer.status, headers: back })
     },
     async json<T>(path: string) {
       try {

@@ -3,7 +3,7 @@
  * for as well, so that a lost reply costs a second and not the answer.
  */
 import type { Bus } from '../shared/bus.ts'
-import { type EndEvent, isEnd } from '../shared/events.ts'
+import { type EndEvent, isEnd, type LifecycleEvent } from '../shared/events.ts'
 import { allReplies, lastToken } from '../shared/subjects.ts'
 import type { WorkloadId } from '../shared/workload.ts'
 
@@ -33,7 +33,9 @@ export class Waits {
     this.#bus = bus
     this.#replies = bus.listen(allReplies(gatewayId), (message) => {
       const id = lastToken(message.subject)
-      if (this.#waiting.has(id)) this.settle(id, JSON.parse(message.string()) as EndEvent)
+      if (!this.#waiting.has(id)) return
+      const end = parseEnd(message.string())
+      if (end?.subject === id) this.settle(id, end)
     })
     this.#timer = setInterval(() => void this.#look(), lookAfterMs)
   }
@@ -89,5 +91,15 @@ export class Waits {
       for (const waiting of all) waiting.resolve(undefined)
       this.#waiting.delete(id)
     }
+  }
+}
+
+/** Undefined for what is no end: the subject is open to whoever is on the bus. */
+function parseEnd(text: string): EndEvent | undefined {
+  try {
+    const event = JSON.parse(text) as LifecycleEvent
+    return isEnd(event) ? event : undefined
+  } catch {
+    return undefined
   }
 }

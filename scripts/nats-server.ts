@@ -3,7 +3,7 @@ import { randomUUID } from 'node:crypto'
 import { globSync } from 'node:fs'
 import { copyFile, mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { connect } from 'node:net'
-import { tmpdir } from 'node:os'
+import { availableParallelism, tmpdir } from 'node:os'
 import { delimiter, isAbsolute, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { promisify } from 'node:util'
@@ -192,6 +192,9 @@ export function natsCommand(binary: string, settings: NatsSettings) {
       VULCAN_NATS_HOST: JSON.stringify(settings.host),
       VULCAN_NATS_PORT: String(settings.port),
       VULCAN_NATS_STORE: JSON.stringify(settings.storeDir),
+      // It shares the machine with everything else here: with all cores to itself on paper, Go's idle threads spin
+      // for work that the others need the cores for.
+      GOMAXPROCS: String(Math.max(1, Math.floor(availableParallelism() / 2))),
     },
   }
 }

@@ -11,8 +11,8 @@ import * as assert from 'uvu/assert'
 import type { AcceptedEvent } from '../../shared/events.ts'
 import { sha256Hex } from '../../shared/ids.ts'
 import { EVENTS } from '../../shared/topology.ts'
-import { completed } from '../runners/support.ts'
 import { skip } from '../harness.ts'
+import { completed } from '../runners/support.ts'
 import { until, untilEnd } from '../shared/support.ts'
 import { call, type Gateway, post, type Site, site } from './support.ts'
 
@@ -178,7 +178,11 @@ test('without an input a large one stays without', async () => {
 test('bodies that grow by being written again are measured as they are stored', async () => {
   await using here = await site({ code: (job) => completed(JSON.parse(job.input!).length) })
   const numbers = `{"code":"x","input":[${Array(90_000).fill('1e20').join()}]}`
-  const bytes = Buffer.concat([Buffer.from('{"code":"x","input":"'), Buffer.alloc(500_000, 0xff), Buffer.from('"}')])
+  const bytes = Buffer.concat([
+    Buffer.from('{"code":"x","input":"'),
+    Buffer.alloc(500_000, 0xff),
+    Buffer.from('"}'),
+  ])
   for (const [raw, length] of [
     [numbers, 90_000],
     [bytes, 500_000],

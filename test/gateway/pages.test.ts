@@ -44,15 +44,21 @@ test('runners are listed while they live, with capabilities; the isolation stays
   assert.ok(both.available)
   assert.is(both.reason, null)
   assert.equal(both.capabilities.runtimes, ['javascript', 'typescript'])
-  assert.equal(both.runners.map(({ runner, slots }: Json) => [runner, slots]).sort(), [
-    [first.id, 3],
-    [second.id, 5],
-  ].sort())
+  assert.equal(
+    both.runners.map(({ runner, slots }: Json) => [runner, slots]).sort(),
+    [
+      [first.id, 3],
+      [second.id, 5],
+    ].sort(),
+  )
   assert.is(both.runners[0].pid, process.pid)
   await first.stop()
   await until('the first to leave', () => gateway.roster.backend('isolate').runners.length === 1 || undefined)
   await second.stop()
-  await until('the second to leave', () => gateway.roster.backend('isolate').runners.length === 0 || undefined)
+  await until(
+    'the second to leave',
+    () => gateway.roster.backend('isolate').runners.length === 0 || undefined,
+  )
   assert.ok((await isolate()).available)
   await first[Symbol.asyncDispose]()
   await second[Symbol.asyncDispose]()
@@ -170,7 +176,9 @@ test('ready is what the parts are', async () => {
   let status = 200
   await using dispatcher = await startDispatcher((_, response) => {
     response.writeHead(status, { 'content-type': 'application/json' })
-    response.end(JSON.stringify({ ready: status === 200, parts: { database: { ready: false, reason: 'locked' } } }))
+    response.end(
+      JSON.stringify({ ready: status === 200, parts: { database: { ready: false, reason: 'locked' } } }),
+    )
   })
   await using here = await site({ dispatcherUrl: dispatcher.url })
   const ready = await call(here.gateway, 'GET', '/readyz')
@@ -286,13 +294,31 @@ test('what the gateway answers is valid by its own document', async () => {
   const json = 'application/json'
   const problem = 'application/problem+json'
   check('/v1/workloads', 'post', 200, json, (await post(here.gateway, { code: 'x' })).body)
-  check('/v1/workloads/async', 'post', 202, json, (await post(here.gateway, { code: 'x' }, {}, '/v1/workloads/async')).body)
+  check(
+    '/v1/workloads/async',
+    'post',
+    202,
+    json,
+    (await post(here.gateway, { code: 'x' }, {}, '/v1/workloads/async')).body,
+  )
   check('/v1/workloads', 'post', 422, problem, (await post(here.gateway, { code: 1 })).body)
-  check('/v1/workloads', 'post', 400, problem, (await call(here.gateway, 'POST', '/v1/workloads', { raw: '{' })).body)
+  check(
+    '/v1/workloads',
+    'post',
+    400,
+    problem,
+    (await call(here.gateway, 'POST', '/v1/workloads', { raw: '{' })).body,
+  )
   check('/v1/backends', 'get', 200, json, (await call(here.gateway, 'GET', '/v1/backends')).body)
   const waiting = acceptedEvent()
   await here.on.bus.publishEvent(acceptedSubject(waiting.subject, 'docker'), waiting, 0)
-  check('/v1/workloads/{id}', 'delete', 200, json, (await call(here.gateway, 'DELETE', `/v1/workloads/${waiting.subject}`)).body)
+  check(
+    '/v1/workloads/{id}',
+    'delete',
+    200,
+    json,
+    (await call(here.gateway, 'DELETE', `/v1/workloads/${waiting.subject}`)).body,
+  )
 })
 
 test('a HEAD is a GET without the body', async () => {

@@ -61,7 +61,11 @@ test('a spec that is not acceptable is refused with the path of what is wrong, a
 test('everything wrong is listed, but not without end', async () => {
   await using here = await site()
   const answer = await post(here.gateway, { code, a: 1, limits: { b: 2, pids: 0 } })
-  assert.equal(answer.body.errors.map(({ field }: { field: string }) => field).sort(), ['a', 'limits.b', 'limits.pids'])
+  assert.equal(answer.body.errors.map(({ field }: { field: string }) => field).sort(), [
+    'a',
+    'limits.b',
+    'limits.pids',
+  ])
   const many = Object.fromEntries(Array.from({ length: 5_000 }, (_, i) => [`unknown_${i}`, i]))
   const long = await post(here.gateway, { code, ...many })
   assert.is(long.status, 422)
@@ -102,7 +106,12 @@ test('what is not JSON is refused as such', async () => {
 test('a body that is not declared as JSON is refused', async () => {
   await using here = await site()
   const raw = JSON.stringify({ code })
-  for (const type of ['text/plain', 'application/x-www-form-urlencoded', 'application/jsonp', 'multipart/form-data'])
+  for (const type of [
+    'text/plain',
+    'application/x-www-form-urlencoded',
+    'application/jsonp',
+    'multipart/form-data',
+  ])
     assert.equal(
       problem(await call(here.gateway, 'POST', '/v1/workloads', { raw, headers: { 'content-type': type } })),
       [415, 'unsupported_media_type', undefined],

@@ -3,7 +3,7 @@ import * as assert from 'uvu/assert'
 import { parsePrefer } from '../../gateway/prefer.ts'
 import { route } from '../../gateway/routing.ts'
 import type { Backend, Capabilities } from '../../shared/backends.ts'
-import { Problem } from '../../shared/errors.ts'
+import type { Problem } from '../../shared/errors.ts'
 import { type Isolation, WorkloadSpec } from '../../shared/workload.ts'
 
 const can: Record<Isolation, Capabilities['runtimes']> = {
@@ -32,7 +32,14 @@ const available =
           },
           runners: [],
         }
-      : { isolation, available: false, reason: 'not here', fix: 'install it', capabilities: null, runners: [] }
+      : {
+          isolation,
+          available: false,
+          reason: 'not here',
+          fix: 'install it',
+          capabilities: null,
+          runners: [],
+        }
 
 const all = available('isolate', 'gvisor', 'docker', 'microvm')
 const digest = `sha256:${'0'.repeat(64)}`
@@ -70,7 +77,10 @@ test('auto is never weakened: what it would take is refused where that is unavai
 })
 
 test('a named isolation is taken, or refused with what would make it available', () => {
-  assert.equal(choose({ code: 'x', isolation: 'microvm' }), { isolation: 'microvm', reason: 'requested: microvm' })
+  assert.equal(choose({ code: 'x', isolation: 'microvm' }), {
+    isolation: 'microvm',
+    reason: 'requested: microvm',
+  })
   assert.match(refusal({ code: 'x', isolation: 'docker' }, available('isolate')).message, 'install it')
 })
 
@@ -88,7 +98,10 @@ test('an isolation that cannot run the runtime or the egress asked for is refuse
   assert.match(refusal({ code: 'x', isolation: 'isolate', runtime: 'python' }).message, 'not python')
   assert.match(refusal({ code: 'x', network: { egress: 'all' } }).message, 'not all')
   assert.match(refusal({ code: 'x', network: { egress: ['a.example:443'] } }).message, 'not allowlist')
-  assert.is(choose({ code: 'x', isolation: ['isolate', 'gvisor'], network: { egress: 'all' } }).isolation, 'gvisor')
+  assert.is(
+    choose({ code: 'x', isolation: ['isolate', 'gvisor'], network: { egress: 'all' } }).isolation,
+    'gvisor',
+  )
 })
 
 test('Prefer: wait and respond-async, in any order and spelling', () => {
@@ -104,12 +117,26 @@ test('Prefer: wait and respond-async, in any order and spelling', () => {
     ['return=minimal', undefined, undefined],
     ['', undefined, undefined],
   ]
-  for (const [header, waitS, applied] of expected) assert.equal(parsePrefer(header), { waitS, applied }, header)
+  for (const [header, waitS, applied] of expected)
+    assert.equal(parsePrefer(header), { waitS, applied }, header)
 })
 
 test('a wait that is no number of seconds is refused', () => {
-  for (const header of ['wait', 'wait=', 'wait=""', 'wait=soon', 'wait=-1', 'wait=Infinity', 'wait=1e3', 'wait=0x10'])
-    assert.throws(() => parsePrefer(header), (error: Problem) => error.code === 'invalid_header' && error.field === 'Prefer', header)
+  for (const header of [
+    'wait',
+    'wait=',
+    'wait=""',
+    'wait=soon',
+    'wait=-1',
+    'wait=Infinity',
+    'wait=1e3',
+    'wait=0x10',
+  ])
+    assert.throws(
+      () => parsePrefer(header),
+      (error: Problem) => error.code === 'invalid_header' && error.field === 'Prefer',
+      header,
+    )
 })
 
 test.run()

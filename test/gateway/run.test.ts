@@ -192,7 +192,9 @@ test('ten at once with one key, on two gateways, are one workload', async () => 
   for (let round = 0; round < 5; round++) {
     const key = { 'idempotency-key': `round-${round}` }
     const answers = await Promise.all(
-      Array.from({ length: 10 }, (_, i) => post(i % 2 ? here.gateway : other, { ...spec, input: round }, key)),
+      Array.from({ length: 10 }, (_, i) =>
+        post(i % 2 ? here.gateway : other, { ...spec, input: round }, key),
+      ),
     )
     for (const { status, body } of answers) {
       assert.is(status, 200)
@@ -258,7 +260,8 @@ test('rerun is a new workload from the same spec: async by itself, with the end 
 test('rerun of what the stream no longer has is made from the database', async () => {
   let record: Json
   await using dispatcher = await startDispatcher((request, response) => {
-    response.statusCode = record !== undefined && request.url === `/internal/workloads/${record.id}` ? 200 : 404
+    response.statusCode =
+      record !== undefined && request.url === `/internal/workloads/${record.id}` ? 200 : 404
     response.setHeader('content-type', 'application/json')
     response.end(JSON.stringify(response.statusCode === 200 ? record : {}))
   })
@@ -266,7 +269,9 @@ test('rerun of what the stream no longer has is made from the database', async (
   const first = await post(here.gateway, { ...spec, input: 'old' })
   const { data } = (await here.on.bus.acceptedEvent(first.body.id))!.event as AcceptedEvent
   record = { ...first.body, ...data, id: newWorkloadId() }
-  const answer = await call(here.gateway, 'POST', `/v1/workloads/${record.id}/rerun`, { headers: { prefer: 'wait=20' } })
+  const answer = await call(here.gateway, 'POST', `/v1/workloads/${record.id}/rerun`, {
+    headers: { prefer: 'wait=20' },
+  })
   assert.is(answer.status, 200)
   assert.is(answer.body.output, 'old')
   const unknown = await call(here.gateway, 'POST', `/v1/workloads/${newWorkloadId()}/rerun`)
@@ -292,7 +297,9 @@ test('killing what nobody knows is 404; what only the database knows is answered
 
 test('a hundred at once, sync, each get their own answer', async () => {
   await using here = await site()
-  const answers = await Promise.all(Array.from({ length: 100 }, (_, input) => post(here.gateway, { ...spec, input })))
+  const answers = await Promise.all(
+    Array.from({ length: 100 }, (_, input) => post(here.gateway, { ...spec, input })),
+  )
   assert.equal(
     answers.map(({ body }) => body.output),
     Array.from({ length: 100 }, (_, i) => i),

@@ -99,7 +99,9 @@ export async function site(
   const gateway = scope.use(await startGateway(on, options))
   const echo: Code = (job) => completed(job.input === undefined ? null : JSON.parse(job.input))
   const code = options.code ?? echo
-  const worker = scope.use(await startWorker(on, code, options.slots === undefined ? {} : { slots: options.slots }))
+  const worker = scope.use(
+    await startWorker(on, code, options.slots === undefined ? {} : { slots: options.slots }),
+  )
   await untilKnown(gateway)
   const resources = scope.move()
   return { on, gateway, worker, [Symbol.asyncDispose]: () => resources.disposeAsync() }
@@ -121,7 +123,12 @@ export async function call(
   gateway: { url: string },
   method: string,
   path: string,
-  options: { body?: unknown; raw?: string | Uint8Array<ArrayBuffer> | ReadableStream; headers?: Record<string, string>; signal?: AbortSignal } = {},
+  options: {
+    body?: unknown
+    raw?: string | Uint8Array<ArrayBuffer> | ReadableStream
+    headers?: Record<string, string>
+    signal?: AbortSignal
+  } = {},
 ): Promise<Answer> {
   const body = options.raw ?? (options.body === undefined ? undefined : JSON.stringify(options.body))
   const answer = await fetch(`${gateway.url}${path}`, {

@@ -11,7 +11,10 @@ interface Batch {
 }
 
 /** A logbook whose batches are kept; `store` may be slow or fail. */
-function book(limits = { lines: 10_000, bytes: 5_000_000 }, store: (n: number) => Promise<void> = async () => {}) {
+function book(
+  limits = { lines: 10_000, bytes: 5_000_000 },
+  store: (n: number) => Promise<void> = async () => {},
+) {
   const batches: Batch[] = []
   let open = 0
   let most = 0

@@ -1,11 +1,11 @@
 /** A runner that does what a test says, in this process, behind a real consume loop. */
 import pino from 'pino'
+import type { Capabilities, Job, Outcome, Prepared, Runner } from '../../runners/runner.ts'
+import { runWorker, type WorkerOptions } from '../../runners/worker.ts'
 import { Blobs } from '../../shared/blobs.ts'
 import { Bus } from '../../shared/bus.ts'
 import { newProcessId } from '../../shared/ids.ts'
 import type { Cause, LogLine } from '../../shared/workload.ts'
-import type { Capabilities, Job, Outcome, Prepared, Runner } from '../../runners/runner.ts'
-import { runWorker, type WorkerOptions } from '../../runners/worker.ts'
 import type { Ground } from '../shared/support.ts'
 
 const ran = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'warm' as const }
@@ -55,9 +55,12 @@ export interface FakeRunner extends Runner {
   ran: Job[]
   prepared: number
   released: number
+  /** Stops the code without telling the consume loop why. */
+  quit(): void
 }
 
 export function fakeRunner(code: Code): FakeRunner {
+  const quitting = new AbortController()
   const runner: FakeRunner = {
     isolation: 'isolate',
     capabilities,
@@ -70,13 +73,14 @@ export function fakeRunner(code: Code): FakeRunner {
         async run(signal, onLog) {
           if (signal.aborted) return stopped
           runner.ran.push(job)
-          return await code(job, signal, onLog)
+          return await code(job, AbortSignal.any([signal, quitting.signal]), onLog)
         },
         release() {
           runner.released++
         },
       }
     },
+    quit: () => quitting.abort(),
     pids: () => [],
     [Symbol.asyncDispose]: async () => {},
   }
@@ -132,10 +136,11 @@ export async function startWorker(
     },
     async [Symbol.asyncDispose]() {
       stop.abort()
+      // A test that is over does not wait for what it left running.
+      runner.quit()
       await done
       await bus[Symbol.asyncDispose]()
     },
   }
   return worker
 }
-

@@ -2,9 +2,9 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import type { EndEvent, LogEvent } from '../../shared/events.ts'
 import { Heartbeat } from '../../shared/backends.ts'
 import type { Bus } from '../../shared/bus.ts'
+import type { EndEvent, LogEvent } from '../../shared/events.ts'
 import { sha256Hex } from '../../shared/ids.ts'
 import {
   allRunners,
@@ -19,7 +19,8 @@ import { type Ground, ground, history, kindsOf, submit, until, untilEnd } from '
 import { type Code, completed, failed, line, startWorker, untilStopped } from './support.ts'
 
 const queued = async (bus: Bus) => (await bus.jsm.streams.info(WORK)).state.messages
-const untilAcked = (bus: Bus) => until('the acknowledgement', async () => (await queued(bus)) === 0 || undefined)
+const untilAcked = (bus: Bus) =>
+  until('the acknowledgement', async () => (await queued(bus)) === 0 || undefined)
 
 /** Every message stored on a subject, in order. */
 async function stored<T>(bus: Bus, stream: string, subject: string): Promise<T[]> {
@@ -97,7 +98,11 @@ test('while the end cannot be stored there is neither reply nor acknowledgement'
   let ran = false
   await using _ = await startWorker(on, async () => {
     const { state } = await on.bus.jsm.streams.info(EVENTS)
-    await on.bus.jsm.streams.update(EVENTS, { ...config, max_bytes: state.bytes, discard: 'new' } as typeof config)
+    await on.bus.jsm.streams.update(EVENTS, {
+      ...config,
+      max_bytes: state.bytes,
+      discard: 'new',
+    } as typeof config)
     ran = true
     return completed()
   })
@@ -122,7 +127,11 @@ test('a redelivered workload that has ended is answered and acknowledged, not ru
   await dead.die()
   // Its end was stored, its acknowledgement lost.
   const last = (await on.bus.lastEvent(id))!
-  const end = { ...last.event, type: 'vulcan.workload.completed', id: `${id}.completed.1` } as unknown as EndEvent
+  const end = {
+    ...last.event,
+    type: 'vulcan.workload.completed',
+    id: `${id}.completed.1`,
+  } as unknown as EndEvent
   const data = { attempt: 1, runner: dead.id, started_at: null, duration_ms: null, cause: null, error: null }
   Object.assign(end, {
     data: { ...data, output: 1, output_blob: null, exit_code: null, logs: null, receipt: null },
@@ -233,7 +242,9 @@ test('retry.on: a failure of the user’s own is retried where it is named, with
     job.code === 'slow' ? untilStopped(signal) : failed('user_error', `attempt ${job.attempt}`),
   )
   const once = await submit(on.bus)
-  const three = await submit(on.bus, { retry: { max_attempts: 3, on: ['user_error'], backoff: 'exponential' } })
+  const three = await submit(on.bus, {
+    retry: { max_attempts: 3, on: ['user_error'], backoff: 'exponential' },
+  })
   const slow = await submit(on.bus, {
     code: 'slow',
     limits: { timeout_s: 0.2 },
@@ -243,7 +254,15 @@ test('retry.on: a failure of the user’s own is retried where it is named, with
   assert.is(end.data.cause, 'user_error')
   assert.is(end.data.error!.message, 'attempt 3')
   const events = await history(on.bus, three.id)
-  assert.equal(kindsOf(events), ['accepted', 'started', 'retrying', 'started', 'retrying', 'started', 'failed'])
+  assert.equal(kindsOf(events), [
+    'accepted',
+    'started',
+    'retrying',
+    'started',
+    'retrying',
+    'started',
+    'failed',
+  ])
   for (const i of [2, 4]) {
     const retrying = events[i]!.event
     assert.ok(retrying.type === 'vulcan.workload.retrying')
@@ -252,6 +271,7 @@ test('retry.on: a failure of the user’s own is retried where it is named, with
   }
   assert.equal(kindsOf(await history(on.bus, once.id)), ['accepted', 'started', 'failed'])
   assert.is((await untilEnd(on.bus, slow.id)).data.attempt, 2)
+  assert.is(worker.runner.ran.filter((job) => job.id === slow.id).length, 2)
   const jobs = worker.runner.ran.filter((job) => job.id === three.id)
   assert.equal(
     jobs.map(({ attempt }) => attempt),
@@ -324,7 +344,10 @@ test('a control message reaches only the runner that has the workload', async ()
   const { id } = await submit(on.bus)
   await until('the start', () => holder.runner.ran.length === 1 || undefined)
   await using other = await startWorker(on, never)
-  assert.is(await on.bus.ask(controlSubject('01890000-0000-7000-8000-000000000000'), '{"action":"kill"}', 300), undefined)
+  assert.is(
+    await on.bus.ask(controlSubject('01890000-0000-7000-8000-000000000000'), '{"action":"kill"}', 300),
+    undefined,
+  )
   assert.ok(await on.bus.ask(controlSubject(id), '{"action":"kill"}', 2_000))
   await untilEnd(on.bus, id)
   assert.is(other.runner.ran.length, 0)
@@ -374,7 +397,13 @@ test('when the server is gone for longer than the ack wait nothing runs any more
   await delay(500)
   await on.nats.restart()
   assert.is((await untilEnd(on.bus, id)).data.output, 'again')
-  assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started', 'retrying', 'started', 'completed'])
+  assert.equal(kindsOf(await history(on.bus, id)), [
+    'accepted',
+    'started',
+    'retrying',
+    'started',
+    'completed',
+  ])
 })
 
 test('a server that goes silent without closing the connection loses the lease as well', async () => {
@@ -547,7 +576,10 @@ test('code and input from a blob reach the runner whole', async () => {
 
 for (const [what, spoil] of [
   ['gone', (on: Ground) => on.bus.jsm.streams.purge('OBJ_vulcan_blobs')],
-  ['without its bytes', (on: Ground) => on.bus.jsm.streams.purge('OBJ_vulcan_blobs', { filter: '$O.vulcan_blobs.C.>' })],
+  [
+    'without its bytes',
+    (on: Ground) => on.bus.jsm.streams.purge('OBJ_vulcan_blobs', { filter: '$O.vulcan_blobs.C.>' }),
+  ],
   ['damaged', (on: Ground) => on.bus.jsm.streams.deleteMessage('OBJ_vulcan_blobs', 1)],
 ] as const)
   test(`a workload whose payload is ${what} fails once and for all, and says so`, async () => {
@@ -602,7 +634,8 @@ test('two workers share a queue, none over its slots', async () => {
   await using a = await startWorker(on, code(0), { slots: 3 })
   await using b = await startWorker(on, code(1), { slots: 6 })
   const ids = await Promise.all(Array.from({ length: 120 }, async () => (await submit(on.bus)).id))
-  for (const id of ids) assert.equal(kindsOf(await untilHistory(on.bus, id)), ['accepted', 'started', 'completed'])
+  for (const id of ids)
+    assert.equal(kindsOf(await untilHistory(on.bus, id)), ['accepted', 'started', 'completed'])
   assert.is(a.runner.ran.length + b.runner.ran.length, 120)
   assert.ok(a.runner.ran.length > 0 && b.runner.ran.length > 0)
   assert.ok(most[0]! <= 3 && most[1]! <= 6, most.join())

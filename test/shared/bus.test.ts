@@ -148,6 +148,17 @@ test('settling while the server is down waits for it and goes through at its ret
   assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started'])
 })
 
+test('what was on its way when the connection broke is told so without waiting for an acknowledgement', async () => {
+  await using on = await ground()
+  const event = acceptedEvent()
+  process.kill(on.nats.pid, 'SIGSTOP')
+  const publishing = rejection(on.bus.publishEvent(acceptedSubject(event.subject, 'isolate'), event, 0))
+  await delay(50)
+  await on.nats.kill()
+  const outcome = await Promise.race([publishing, delay(3_000, 'still waiting')])
+  assert.instance(outcome, BusUnavailable)
+})
+
 test('settling is given up by its signal while the server is down', async () => {
   await using on = await ground()
   const { id, seq } = await submit(on.bus)
@@ -170,7 +181,11 @@ test('a full stream that may not drop the old says StreamFull, and settling goes
   assert.is(await on.bus.lastEvent(big.subject), undefined)
 
   const { state } = await on.bus.jsm.streams.info(EVENTS)
-  await on.bus.jsm.streams.update(EVENTS, { ...config, max_bytes: state.bytes, discard: 'new' } as typeof config)
+  await on.bus.jsm.streams.update(EVENTS, {
+    ...config,
+    max_bytes: state.bytes,
+    discard: 'new',
+  } as typeof config)
   const settling = on.bus.settleEvent(eventSubject(id, 'started'), started(id), seq)
   await delay(300)
   assert.is((await history(on.bus, id)).length, 1)
@@ -222,7 +237,10 @@ test('whenConnected resolves at once, on return, or rejects by its signal', asyn
   await on.bus.whenConnected(AbortSignal.abort(new Error('unused')))
   await on.nats.kill()
   await until('the loss', () => !on.bus.connected || undefined)
-  assert.match((await rejection(on.bus.whenConnected(AbortSignal.abort(new Error('before'))))).message, 'before')
+  assert.match(
+    (await rejection(on.bus.whenConnected(AbortSignal.abort(new Error('before'))))).message,
+    'before',
+  )
   const stop = new AbortController()
   const waiting = on.bus.whenConnected(stop.signal)
   stop.abort(new Error('meanwhile'))
@@ -266,7 +284,10 @@ test('disposing delivers what was sent before', async () => {
   for (let i = 0; i < 100; i++) other.send('test.x', String(i))
   await other[Symbol.asyncDispose]()
   await until('all', () => got.length === 100 || undefined)
-  assert.equal(got, Array.from({ length: 100 }, (_, i) => String(i)))
+  assert.equal(
+    got,
+    Array.from({ length: 100 }, (_, i) => String(i)),
+  )
 })
 
 for (const state of ['connected', 'down'] as const)
@@ -287,7 +308,10 @@ for (const state of ['connected', 'down'] as const)
     await other[Symbol.asyncDispose]()
     for (const error of await Promise.all(waiting)) assert.instance(error, BusUnavailable)
     assert.instance(await rejection(other.publishEvent('vulcan.events.x.started', event, 0)), BusUnavailable)
-    assert.instance(await rejection(other.settleEvent('vulcan.events.x.started', started(id), 0)), BusUnavailable)
+    assert.instance(
+      await rejection(other.settleEvent('vulcan.events.x.started', started(id), 0)),
+      BusUnavailable,
+    )
     other.send('test.x', 'into the void')
     await delay(20)
   })

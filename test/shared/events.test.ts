@@ -1,12 +1,22 @@
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { type AnyEvent, eventJsonSchemas, eventSchemas, isEnd, LifecycleEvent, makeEvent } from '../../shared/events.ts'
+import {
+  type AnyEvent,
+  eventJsonSchemas,
+  eventSchemas,
+  isEnd,
+  LifecycleEvent,
+  makeEvent,
+} from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { acceptedEvent } from './support.ts'
 
 const id = newWorkloadId()
-const origin = { source: '/vulcan/runners/isolate-1', traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01` }
+const origin = {
+  source: '/vulcan/runners/isolate-1',
+  traceparent: `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01`,
+}
 const now = new Date().toISOString()
 const error = { message: 'it broke', stack: 'at main.js:1:1' }
 const limits = { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6 }
@@ -55,7 +65,13 @@ const examples: Record<string, AnyEvent[]> = {
   ],
   started: [makeEvent('started', id, 1, { attempt: 1, runner: 'isolate-1' }, origin)],
   retrying: [
-    makeEvent('retrying', id, 1, { attempt: 1, runner: 'isolate-1', cause: 'runner_lost', error, not_before: now }, origin),
+    makeEvent(
+      'retrying',
+      id,
+      1,
+      { attempt: 1, runner: 'isolate-1', cause: 'runner_lost', error, not_before: now },
+      origin,
+    ),
   ],
   completed: [
     makeEvent('completed', id, 1, end, origin),
@@ -63,7 +79,9 @@ const examples: Record<string, AnyEvent[]> = {
   ],
   failed: [makeEvent('failed', id, 1, { ...end, cause: 'timeout', error, output: null }, origin)],
   killed: [makeEvent('killed', id, '0.kill', neverRan, { source: '/vulcan/gateways/g' })],
-  late: [makeEvent('late', id, 1, { attempt: 1, runner: 'isolate-1', status: 'completed', cause: null }, origin)],
+  late: [
+    makeEvent('late', id, 1, { attempt: 1, runner: 'isolate-1', status: 'completed', cause: null }, origin),
+  ],
   log: [makeEvent('log', id, '1.1', { attempt: 1, n: 1, lines: [line], dropped: 0 }, origin)],
 }
 
@@ -82,7 +100,8 @@ test('every kind of event has a schema of draft 2020-12, and an example here', (
 for (const kind of Object.keys(eventSchemas)) {
   test(`a ${kind} event as it is published is valid by its served schema`, () => {
     const validate = validator(kind)
-    for (const event of examples[kind]!) assert.ok(validate(overTheWire(event)), JSON.stringify(validate.errors))
+    for (const event of examples[kind]!)
+      assert.ok(validate(overTheWire(event)), JSON.stringify(validate.errors))
   })
 
   test(`the schema of ${kind} refuses every other kind, and each missing field`, () => {
@@ -90,7 +109,16 @@ for (const kind of Object.keys(eventSchemas)) {
     for (const [other, events] of Object.entries(examples))
       if (other !== kind) assert.not(validate(overTheWire(events[0])), other)
     const whole = overTheWire(examples[kind]![0])
-    for (const field of ['specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'data']) {
+    for (const field of [
+      'specversion',
+      'id',
+      'source',
+      'type',
+      'subject',
+      'time',
+      'datacontenttype',
+      'data',
+    ]) {
       const { [field]: _, ...rest } = whole
       assert.not(validate(rest), field)
     }

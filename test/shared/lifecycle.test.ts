@@ -213,7 +213,8 @@ test('where a workload stands is read off its last event', () => {
 
 test('failures of the platform are retried unasked, those of the user only where retry.on names them', () => {
   const plain = Retry.parse({ on: [] })
-  for (const cause of Cause.options) assert.is(mayRetry(plain, cause, 1), platformCauses.includes(cause), cause)
+  for (const cause of Cause.options)
+    assert.is(mayRetry(plain, cause, 1), platformCauses.includes(cause), cause)
   for (const cause of Cause.options) assert.ok(mayRetry(Retry.parse({ on: [cause] }), cause, 1), cause)
 })
 
@@ -226,9 +227,18 @@ test('attempts are limited by max_attempts', () => {
 
 test('delays double from 0.25 s to 30 s, half of each random; without backoff there are none', () => {
   const policy = Retry.parse({})
-  assert.equal([1, 2, 3].map((n) => retryDelay(policy, n, () => 0)), [125, 250, 500])
-  assert.equal([1, 2, 3].map((n) => retryDelay(policy, n, () => 1)), [250, 500, 1_000])
-  assert.is(retryDelay(policy, 19, () => 1), 30_000)
+  assert.equal(
+    [1, 2, 3].map((n) => retryDelay(policy, n, () => 0)),
+    [125, 250, 500],
+  )
+  assert.equal(
+    [1, 2, 3].map((n) => retryDelay(policy, n, () => 1)),
+    [250, 500, 1_000],
+  )
+  assert.is(
+    retryDelay(policy, 19, () => 1),
+    30_000,
+  )
   assert.is(retryDelay(Retry.parse({ backoff: 'none' }), 5), 0)
 })
 

@@ -92,7 +92,10 @@ test('three pullers that compete share everything, none over its slots', async (
     for (const one of holders) if (random() < 0.5) one.finish()
     return holders.reduce((sum, one) => sum + one.seen.length - one.hand.length, 0) === 300 || undefined
   })
-  assert.ok(holders.every((one, i) => one.most <= [2, 5, 9][i]!), holders.map((one) => one.most).join())
+  assert.ok(
+    holders.every((one, i) => one.most <= [2, 5, 9][i]!),
+    holders.map((one) => one.most).join(),
+  )
   assert.ok(holders.every((one) => one.seen.length > 0))
   const seen = holders.flatMap((one) => one.seen.map(({ workload }) => workload))
   assert.is(seen.length, 300)
@@ -176,7 +179,11 @@ test('a runner that is stopped hands back what is on its way, and takes nothing 
   await delay(200)
   assert.is(one.seen.length, had)
   const next = holder(other, 100)
-  await until('the rest', () => new Set([...one.seen, ...next.seen].map((m) => m.workload)).size === 100 || undefined, 8_000)
+  await until(
+    'the rest',
+    () => new Set([...one.seen, ...next.seen].map((m) => m.workload)).size === 100 || undefined,
+    8_000,
+  )
   assert.equal(new Set([...one.seen, ...next.seen].map((m) => m.workload)), ids)
   assert.is(next.seen.length, 100 - had)
   await next.puller.stop()

@@ -143,7 +143,11 @@ test('an empty environment is a whole configuration', () => {
 })
 
 test('the environment sets what it names', () => {
-  const { stdout } = readConfig({ NATS_URL: 'nats://a:1,nats://b:2', VULCAN_ACK_WAIT_MS: '2000', VULCAN_REPLICAS: '3' })
+  const { stdout } = readConfig({
+    NATS_URL: 'nats://a:1,nats://b:2',
+    VULCAN_ACK_WAIT_MS: '2000',
+    VULCAN_REPLICAS: '3',
+  })
   const config = JSON.parse(stdout)
   assert.is(config.natsUrl, 'nats://a:1,nats://b:2')
   assert.is(config.topology.ackWaitMs, 2_000)
@@ -151,9 +155,14 @@ test('the environment sets what it names', () => {
 })
 
 test('every bad variable is named and the process ends', () => {
-  const { status, stderr } = readConfig({ VULCAN_LOG_LEVEL: 'loud', VULCAN_ACK_WAIT_MS: '5', VULCAN_REPLICAS: 'x' })
+  const { status, stderr } = readConfig({
+    VULCAN_LOG_LEVEL: 'loud',
+    VULCAN_ACK_WAIT_MS: '5',
+    VULCAN_REPLICAS: 'x',
+  })
   assert.is(status, 78)
-  for (const name of ['VULCAN_LOG_LEVEL', 'VULCAN_ACK_WAIT_MS', 'VULCAN_REPLICAS']) assert.match(stderr, `${name}: `)
+  for (const name of ['VULCAN_LOG_LEVEL', 'VULCAN_ACK_WAIT_MS', 'VULCAN_REPLICAS'])
+    assert.match(stderr, `${name}: `)
   assert.is(stderr.trim().split('\n').length, 3)
 })
 

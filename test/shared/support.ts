@@ -2,7 +2,7 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { Blobs } from '../../shared/blobs.ts'
 import { Bus, type StoredEvent } from '../../shared/bus.ts'
-import { type AcceptedEvent, LifecycleEvent, isEnd, makeEvent } from '../../shared/events.ts'
+import { type AcceptedEvent, isEnd, LifecycleEvent, makeEvent } from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { acceptedSubject, lifecycleSubjects } from '../../shared/subjects.ts'
 import { EVENTS, ensureTopology, TopologyOptions } from '../../shared/topology.ts'

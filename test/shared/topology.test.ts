@@ -5,7 +5,7 @@ import { Bus } from '../../shared/bus.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { pullWork, type WorkMessage } from '../../shared/queue.ts'
 import { acceptedSubject } from '../../shared/subjects.ts'
-import { ensureTopology, EVENTS, LOGS, TopologyOptions, WORK, workConsumer } from '../../shared/topology.ts'
+import { EVENTS, ensureTopology, LOGS, TopologyOptions, WORK, workConsumer } from '../../shared/topology.ts'
 import { Isolation } from '../../shared/workload.ts'
 import { startNats } from '../nats.ts'
 import { acceptedEvent, ground, submit, until } from './support.ts'
@@ -15,7 +15,9 @@ const queued = async (bus: Bus) => (await bus.jsm.streams.info(WORK)).state.mess
 test('five connections at once bring an empty server to its shape', async () => {
   await using scope = new AsyncDisposableStack()
   const nats = scope.use(await startNats())
-  const buses = await Promise.all([1, 2, 3, 4, 5].map((n) => Bus.connect({ url: nats.url, name: `test-${n}` })))
+  const buses = await Promise.all(
+    [1, 2, 3, 4, 5].map((n) => Bus.connect({ url: nats.url, name: `test-${n}` })),
+  )
   for (const bus of buses) scope.use(bus)
   const options = TopologyOptions.parse({})
   await Promise.all(buses.map((bus) => ensureTopology(bus.jsm, options)))
@@ -61,7 +63,10 @@ test('starting again changes neither messages nor the place of a consumer', asyn
 test('changed settings are brought to what stands, and nothing is lost by it', async () => {
   await using on = await ground()
   await submit(on.bus)
-  await ensureTopology(on.bus.jsm, TopologyOptions.parse({ ackWaitMs: 4_000, eventsMaxAgeH: 1, logsMaxMb: 64 }))
+  await ensureTopology(
+    on.bus.jsm,
+    TopologyOptions.parse({ ackWaitMs: 4_000, eventsMaxAgeH: 1, logsMaxMb: 64 }),
+  )
   const { jsm } = on.bus
   assert.is((await jsm.consumers.info(WORK, 'isolate')).config.ack_wait, 4_000 * 1_000_000)
   assert.is((await jsm.streams.info(EVENTS)).config.max_age, 3_600 * 1e9)
@@ -103,7 +108,12 @@ test('a SIGKILL and restart of the server, queue full or empty, sources nothing 
   const crash = async () => {
     await nats.restart()
     await bus.whenConnected()
-    await until('the streams', () => ensureTopology(bus.jsm, topology).then(() => true, () => undefined))
+    await until('the streams', () =>
+      ensureTopology(bus.jsm, topology).then(
+        () => true,
+        () => undefined,
+      ),
+    )
   }
   await put(20)
   await until('the queue', async () => (await queued(bus)) === 20 || undefined)
@@ -129,7 +139,10 @@ test('ids of workloads that look like nothing else reach exactly one consumer', 
   const pending = await Promise.all(
     Isolation.options.map(async (name) => (await on.bus.jsm.consumers.info(WORK, name)).num_pending),
   )
-  assert.equal(pending, Isolation.options.map((name) => (name === 'microvm' ? 1 : 0)))
+  assert.equal(
+    pending,
+    Isolation.options.map((name) => (name === 'microvm' ? 1 : 0)),
+  )
 })
 
 test.run()
