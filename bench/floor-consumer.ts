@@ -1,12 +1,11 @@
 /** The floor’s far end, a process of its own: pull from the sourced queue, reply over core NATS, acknowledge. */
 import { Bus } from '../shared/bus.ts'
 import { pullWork } from '../shared/queue.ts'
-import { replySubject } from '../shared/subjects.ts'
 
 const [url = '', consumer = ''] = process.argv.slice(2)
 const bus = await Bus.connect({ url, name: 'floor-consumer' })
 const puller = pullWork(bus, consumer, 256, (message) => {
-  bus.send(replySubject(message.replyTo!, message.workload), '{}')
+  bus.send(`floor.reply.${message.workload}`, '{}')
   message.ack()
   puller.release()
 })

@@ -7,7 +7,7 @@ import { once } from 'node:events'
 import { Bus } from '../shared/bus.ts'
 import { makeEvent } from '../shared/events.ts'
 import { newWorkloadId } from '../shared/ids.ts'
-import { acceptedSubject, allReplies, lastToken } from '../shared/subjects.ts'
+import { acceptedSubject, lastToken } from '../shared/subjects.ts'
 import { ensureTopology, TopologyOptions, WORK } from '../shared/topology.ts'
 import { WorkloadSpec } from '../shared/workload.ts'
 import { type LoadResult, summarise } from './load.ts'
@@ -26,9 +26,9 @@ const data = {
   rerun_of: null,
 } as const
 
-function publish(bus: Bus, id: string, replyTo?: string) {
+function publish(bus: Bus, id: string) {
   const event = makeEvent('accepted', id, 0, data, { source: '/vulcan/floor' })
-  return bus.publishEvent(acceptedSubject(id, isolation), event, 0, { replyTo })
+  return bus.publishEvent(acceptedSubject(id, isolation), event, 0)
 }
 
 async function repeat(one: () => Promise<unknown>, inFlight: number, seconds: number): Promise<LoadResult> {
@@ -58,11 +58,11 @@ export async function floor(
   const consumer = spawn(process.execPath, [far, url, isolation], { stdio: ['ignore', 'pipe', 'inherit'] })
   await once(consumer.stdout, 'data')
   const waiting = new Map<string, () => void>()
-  bus.listen(allReplies('floor'), (message) => waiting.get(lastToken(message.subject))?.())
+  bus.listen('floor.reply.*', (message) => waiting.get(lastToken(message.subject))?.())
   const roundTrip = async () => {
     const id = newWorkloadId()
     const replied = new Promise<void>((resolve) => waiting.set(id, resolve))
-    await Promise.all([publish(bus, id, 'floor'), replied])
+    await Promise.all([publish(bus, id), replied])
     waiting.delete(id)
   }
   await repeat(roundTrip, 16, 0.5)

@@ -150,22 +150,17 @@ const tooDeep = (cause: unknown) =>
   new Problem('invalid_field', { detail: 'input is nested too deeply', field: 'input', cause })
 
 /**
- * Publishes the `accepted` event: from here on the workload exists. `wanted`: this gateway waits for the end.
+ * Publishes the `accepted` event: from here on the workload exists.
  * A refusal means that the idempotency key, or an earlier try of ours whose acknowledgement was lost, came first.
  */
-export async function admit(
-  context: AdmissionContext,
-  candidate: Candidate,
-  wanted: boolean,
-): Promise<Admitted> {
+export async function admit(context: AdmissionContext, candidate: Candidate): Promise<Admitted> {
   const { bus } = context
   const { id, event } = candidate
   const subject = acceptedSubject(id, event.data.isolation, event.data.target)
-  const options = wanted ? { replyTo: context.gatewayId } : {}
   for (let tries = 1; ; tries++) {
     if (!bus.connected) throw new BusUnavailable('not connected')
     try {
-      const published = await bus.publishEvent(subject, event, 0, options)
+      const published = await bus.publishEvent(subject, event, 0)
       if (published.stored) return { outcome: 'accepted', seq: published.seq }
       const stored = await bus.acceptedEvent(id)
       if (stored === undefined) throw new BusUnavailable('the accepted event cannot be read back')

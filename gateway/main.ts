@@ -39,7 +39,7 @@ const { replicas } = config.topology
 
 await using bus = await Bus.connect({ url: config.natsUrl, name: gatewayId }, stop)
 const [blobs, roster] = await whenStreamsStand()
-const waits = new Waits(bus, gatewayId)
+const waits = new Waits(bus)
 const app = gatewayApp({
   bus,
   blobs,

@@ -1,10 +1,10 @@
 /**
- * Waiting for a workload’s end: the runner’s reply ends the wait, and once a second the recorded end is looked
- * for as well, so that a lost reply costs a second and not the answer.
+ * Waiting for a workload’s end: the server republishes every end as it stores it, and once a second the recorded
+ * end is looked for as well, so that a lost message costs a second and not the answer.
  */
 import type { Bus } from '../shared/bus.ts'
 import { type EndEvent, isEnd, type LifecycleEvent } from '../shared/events.ts'
-import { allReplies, lastToken } from '../shared/subjects.ts'
+import { storedEnds, workloadOf } from '../shared/subjects.ts'
 import type { WorkloadId } from '../shared/workload.ts'
 
 const lookAfterMs = 1_000
@@ -26,17 +26,19 @@ export class Waits {
   readonly #waiting = new Map<WorkloadId, Set<Waiting>>()
   readonly #bus: Bus
   readonly #timer: NodeJS.Timeout
-  readonly #replies: { unsubscribe(): void }
+  readonly #ends: { unsubscribe(): void }[]
   #looking = false
 
-  constructor(bus: Bus, gatewayId: string) {
+  constructor(bus: Bus) {
     this.#bus = bus
-    this.#replies = bus.listen(allReplies(gatewayId), (message) => {
-      const id = lastToken(message.subject)
-      if (!this.#waiting.has(id)) return
-      const end = parseEnd(message.string())
-      if (end?.subject === id) this.settle(id, end)
-    })
+    this.#ends = storedEnds.map((subject) =>
+      bus.listen(subject, (message) => {
+        const id = workloadOf(message.subject)
+        if (!this.#waiting.has(id)) return
+        const end = parseEnd(message.string())
+        if (end?.subject === id) this.settle(id, end)
+      }),
+    )
     this.#timer = setInterval(() => void this.#look(), lookAfterMs)
   }
 
@@ -86,7 +88,7 @@ export class Waits {
 
   close(): void {
     clearInterval(this.#timer)
-    this.#replies.unsubscribe()
+    for (const subscription of this.#ends) subscription.unsubscribe()
     for (const [id, all] of this.#waiting) {
       for (const waiting of all) waiting.resolve(undefined)
       this.#waiting.delete(id)

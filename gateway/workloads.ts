@@ -109,7 +109,7 @@ export function workloadRoutes(routes: WorkloadRoutes): Hono<{ Bindings: HttpBin
     const wanted = preference.waitS !== 0
     const wait = wanted ? waits.begin(id) : undefined
     try {
-      const admitted = await admit(routes, candidate, wanted)
+      const admitted = await admit(routes, candidate)
       const accepted = admitted.outcome === 'known' ? admitted.event : candidate.event
       const record = begin(accepted, admitted.seq)
       if (preference.applied !== undefined) c.header('Preference-Applied', preference.applied)

@@ -1,6 +1,7 @@
 /**
  * One queued workload from its delivery to its recorded end, whichever isolation runs it. The order matters:
- * `started` is stored before the user’s code runs, the end before the reply, the reply before the acknowledgement.
+ * `started` is stored before the user’s code runs, the end before the acknowledgement. Whoever waits for the end
+ * hears of it from the server, which republishes what it stores.
  * A crash anywhere means redelivery, and the referee decides what still holds.
  */
 import { z } from 'zod'
@@ -22,7 +23,7 @@ import { sha256Hex } from '../shared/ids.ts'
 import { mayRetry, retryDelay, standing } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import type { WorkMessage } from '../shared/queue.ts'
-import { controlSubject, eventSubject, lateSubject, logSubject, replySubject } from '../shared/subjects.ts'
+import { controlSubject, eventSubject, lateSubject, logSubject } from '../shared/subjects.ts'
 import type { Cause, Receipt, WorkloadSpec } from '../shared/workload.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
 import type { Job, Outcome, Prepared, Runner } from './runner.ts'
@@ -114,7 +115,6 @@ async function step(
   const now = standing(last.event)
   switch (now.at) {
     case 'ended':
-      reply(context, held, now.event)
       held.message.ack()
       return undefined
     case 'pending': {
@@ -140,18 +140,11 @@ async function step(
       const retry = accepted.data.spec.retry
       const data = { attempt: now.attempts, runner: now.runner, cause: 'runner_lost' as const, error }
       return mayRetry(retry, 'runner_lost', now.attempts)
-        ? await move(context, held, accepted, last.seq, 'retrying', {
+        ? await move(context, accepted, last.seq, 'retrying', {
             ...data,
             not_before: new Date(Date.now() + retryDelay(retry, now.attempts)).toISOString(),
           })
-        : await move(
-            context,
-            held,
-            accepted,
-            last.seq,
-            'failed',
-            endOf({ ...data, started_at: now.startedAt }),
-          )
+        : await move(context, accepted, last.seq, 'failed', endOf({ ...data, started_at: now.startedAt }))
     }
     default:
       throw new Error(`unhandled ${now satisfies never}`)
@@ -179,7 +172,7 @@ async function attempt(
     if (prepared === undefined || typeof job === 'string') {
       const error = { message: job as string, stack: null }
       const end = endOf({ attempt: n, runner: runnerId, started_at: started.time, cause: 'internal', error })
-      return await move(context, held, accepted, stored.seq, 'failed', end)
+      return await move(context, accepted, stored.seq, 'failed', end)
     }
 
     const book = openLogbook(context.logLimits, async (batch, lines, dropped) => {
@@ -223,12 +216,12 @@ async function attempt(
     if (verdict.kind === 'completed') {
       const output = await storeOutput(blobs, verdict.output)
       const end = endOf({ ...base, ...output, exit_code: verdict.exitCode })
-      return await move(context, held, accepted, stored.seq, 'completed', end)
+      return await move(context, accepted, stored.seq, 'completed', end)
     }
     const { cause, error, exitCode } = verdict
     if (verdict.kind === 'failed' && mayRetry(spec.retry, cause, n)) {
       const not_before = new Date(Date.now() + retryDelay(spec.retry, n)).toISOString()
-      return await move(context, held, accepted, stored.seq, 'retrying', {
+      return await move(context, accepted, stored.seq, 'retrying', {
         attempt: n,
         runner: runnerId,
         cause,
@@ -238,7 +231,6 @@ async function attempt(
     }
     return await move(
       context,
-      held,
       accepted,
       stored.seq,
       verdict.kind,
@@ -299,7 +291,6 @@ function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadS
  */
 async function move<K extends 'retrying' | EndKind>(
   context: AttemptContext,
-  held: Held,
   accepted: AcceptedEvent,
   expected: number,
   kind: K,
@@ -323,11 +314,6 @@ async function move<K extends 'retrying' | EndKind>(
     await bus.publishRecord(lateSubject(id), record, `${id}.late.${late.attempt}.${runnerId}`).catch(() => {})
   }
   return stored.last
-}
-
-function reply(context: AttemptContext, held: Held, end: EndEvent): void {
-  const { replyTo, workload } = held.message
-  if (replyTo !== undefined) context.bus.send(replySubject(replyTo, workload), JSON.stringify(end))
 }
 
 /** The job of an attempt, its payload fetched; a text where the payload is gone for good. */

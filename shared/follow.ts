@@ -14,9 +14,8 @@ const pullExpiresMs = 30_000
 const heartbeatMs = 5_000
 /** Nothing heard on an open pull for this long (ms): the consumer is gone. */
 const silenceMs = 2 * heartbeatMs + 2_000
-/** Read ahead at most so many messages, and start no pull with more than so many bytes waiting. */
-const aheadMessages = 2_000
-const aheadBytes = 8 * 1_048_576
+/** Milliseconds that a burst stays open: long enough for what is stored to be sent, short enough not to wait. */
+const burstMs = 5
 /** Bytes one pull may bring; more than any message has. */
 const pullBytes = 4 * 1_048_576
 /** Milliseconds the server keeps a consumer nobody pulls from. */
@@ -69,7 +68,6 @@ export class Follower implements AsyncDisposable {
   #attachment: Attachment | undefined
   #attaching = false
   #buffer: StoredMessage[] = []
-  #bufferBytes = 0
   #failure: unknown
   #wake: (() => void) | undefined
   #hurried = false
@@ -103,23 +101,35 @@ export class Follower implements AsyncDisposable {
   /**
    * The next messages in order, at least one. Rejects with the signal’s reason, or with `StreamReplaced`.
    * What it returned is taken as taken in: it never comes again.
+   *
+   * Waiting is done on a pull of a single message. What is stored in the linger after it comes in one burst, so
+   * that a busy stream wakes this process some twenty times a second and not for every message.
    */
   async next(signal: AbortSignal): Promise<StoredMessage[]> {
     const { batch, lingerMs } = this.#options
-    while (this.#buffer.length === 0) await this.#woken(signal)
-    if (!this.#hurried && this.#buffer.length < batch) {
-      const until = performance.now() + lingerMs
-      for (let left = lingerMs; left > 0; left = until - performance.now()) {
-        await this.#woken(signal, left)
-        if (this.#hurried || this.#buffer.length >= batch) break
-      }
+    while (this.#buffer.length === 0) {
+      this.#ask(1, pullExpiresMs)
+      await this.#woken(signal)
+    }
+    const until = performance.now() + lingerMs
+    for (let left = lingerMs; left > 0; left = until - performance.now()) {
+      if (this.#hurried || this.#buffer.length + this.#pending >= batch) break
+      await this.#woken(signal, left)
     }
     this.#hurried = false
+    if (this.#buffer.length < batch) {
+      this.#ask(batch - this.#buffer.length, burstMs)
+      while (this.#buffer.length < batch && this.#asked > 0) await this.#woken(signal)
+    }
     const taken = this.#buffer.length <= batch ? this.#buffer : this.#buffer.slice(0, batch)
     this.#buffer = taken === this.#buffer ? [] : this.#buffer.slice(batch)
-    for (const message of taken) this.#bufferBytes -= message.data.byteLength
-    this.#ask()
+    // With a whole batch more known to be there, it is fetched while this one is being taken in.
+    if (this.#pending >= batch) this.#ask(batch, burstMs)
     return taken
+  }
+
+  get #asked(): number {
+    return this.#attachment?.asked ?? 0
   }
 
   async #woken(signal: AbortSignal, ms?: number): Promise<void> {
@@ -162,7 +172,7 @@ export class Follower implements AsyncDisposable {
         }
       }
       this.#attaching = false
-      this.#ask()
+      this.#wake?.()
     })()
   }
 
@@ -230,9 +240,7 @@ export class Follower implements AsyncDisposable {
     this.#place = { seq, at, created: this.#place.created }
     attachment.asked--
     this.#buffer.push({ seq, subject: message.subject, data: message.data, at })
-    this.#bufferBytes += message.data.byteLength
-    if (this.#buffer.length === 1 || this.#buffer.length >= this.#options.batch) this.#wake?.()
-    this.#ask()
+    if (this.#buffer.length === 1 || attachment.asked === 0) this.#wake?.()
   }
 
   #status(attachment: Attachment, message: Msg): void {
@@ -241,26 +249,23 @@ export class Follower implements AsyncDisposable {
     const description = message.headers?.description ?? ''
     const over = code === 408 || (code === 409 && /maxbytes|batch completed/i.test(description))
     if (!over) return void setTimeout(() => attachment === this.#attachment && this.#attach(), 250)
-    attachment.asked = Math.max(
-      0,
-      attachment.asked - Number(message.headers?.get('Nats-Pending-Messages') || 0),
-    )
-    this.#ask()
+    attachment.asked = 0
+    this.#wake?.()
   }
 
-  #ask(): void {
+  /** One pull at a time: the end of one is known before the next. */
+  #ask(batch: number, expiresMs: number): void {
     const attachment = this.#attachment
-    if (attachment === undefined || !this.#bus.connected || this.#stopped.signal.aborted) return
-    const ahead = this.#buffer.length + attachment.asked
-    if (ahead > aheadMessages / 2 || this.#bufferBytes > aheadBytes) return
+    if (attachment === undefined || attachment.asked > 0) return
+    if (!this.#bus.connected || this.#stopped.signal.aborted) return
     const pull = {
-      batch: aheadMessages - ahead,
+      batch,
       max_bytes: pullBytes,
-      expires: pullExpiresMs * 1_000_000,
-      idle_heartbeat: heartbeatMs * 1_000_000,
+      expires: expiresMs * 1_000_000,
+      ...(expiresMs > 2 * heartbeatMs ? { idle_heartbeat: heartbeatMs * 1_000_000 } : {}),
     }
-    if (attachment.asked === 0) attachment.heardAt = Date.now()
-    attachment.asked += pull.batch
+    attachment.heardAt = Date.now()
+    attachment.asked = batch
     const subject = `$JS.API.CONSUMER.MSG.NEXT.${this.#options.stream}.${attachment.consumer}`
     this.#bus.nc.publish(subject, JSON.stringify(pull), { reply: attachment.inbox })
   }
@@ -269,7 +274,6 @@ export class Follower implements AsyncDisposable {
     const attachment = this.#attachment
     if (attachment === undefined || !this.#bus.connected) return
     if (attachment.asked > 0 && Date.now() - attachment.heardAt > silenceMs) this.#attach()
-    else this.#ask()
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -288,7 +292,7 @@ export class Follower implements AsyncDisposable {
 interface Attachment {
   consumer: string
   inbox: string
-  /** Messages asked for and not yet received. */
+  /** Messages that the open pull may still bring; 0: none is open. */
   asked: number
   /** Consumer sequence of the last message. */
   delivered: number

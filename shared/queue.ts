@@ -4,7 +4,7 @@
  */
 import { nuid } from '@nats-io/nats-core'
 import type { Msg, Subscription } from '@nats-io/transport-node'
-import { type Bus, replyHeader, sourcedSequence } from './bus.ts'
+import { type Bus, sourcedSequence } from './bus.ts'
 import { lastToken } from './subjects.ts'
 import { WORK } from './topology.ts'
 import type { WorkloadId } from './workload.ts'
@@ -21,8 +21,6 @@ export interface WorkMessage {
   deliveries: number
   /** The `accepted` event as JSON. */
   body: string
-  /** The gateway that waits for the end. */
-  replyTo: string | undefined
   ack(): void
   working(): void
   /** Comes back after `delayMs`. */
@@ -38,14 +36,13 @@ export interface WorkPuller {
 
 const toWork = (bus: Bus, message: Msg): WorkMessage => {
   const tokens = message.reply!.split('.')
-  const hdr = message.headers?.get(replyHeader)
   return {
     workload: lastToken(message.subject),
     acceptedSeq: sourcedSequence(message),
     deliveries: Number(tokens[tokens.length < 11 ? 4 : 6]),
     body: message.string(),
-    replyTo: hdr === undefined || hdr === '' ? undefined : hdr,
-    ack: () => bus.publish(message.reply!, '+ACK'),
+    // Nobody waits for it, and the server busy with it would be late with the reply that goes out with it.
+    ack: () => bus.publishSoon(message.reply!, '+ACK'),
     working: () => bus.publish(message.reply!, '+WPI'),
     later: (delayMs) => bus.publish(message.reply!, `-NAK {"delay":${Math.round(delayMs * 1_000_000)}}`),
   }

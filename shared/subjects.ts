@@ -19,8 +19,8 @@ export const lateSubject = (id: WorkloadId) => `vulcan.late.${id}`
 /** vulcan.logs.{workload}: batches of log lines. Public. */
 export const logSubject = (id: WorkloadId) => `vulcan.logs.${id}`
 
-/** vulcan.reply.{gateway}.{workload}: the recorded end, for the gateway that waits. Core NATS, may be lost. */
-export const replySubject = (gateway: string, id: WorkloadId) => `vulcan.reply.${gateway}.${id}`
+/** vulcan.stored.*.{kind}: ends, as the server republishes them once they are stored. Core NATS, may be lost. */
+export const storedEnds = ['completed', 'failed', 'killed'].map((kind) => `vulcan.stored.*.${kind}`)
 
 /** vulcan.control.{workload}: request to the runner that has it. Core NATS, answered by that runner only. */
 export const controlSubject = (id: WorkloadId) => `vulcan.control.${id}`
@@ -33,10 +33,9 @@ export const rollCallSubject = 'vulcan.roll-call'
 
 export const allRunners = 'vulcan.runners.*'
 export const allControls = 'vulcan.control.*'
-export const allReplies = (gateway: string) => `vulcan.reply.${gateway}.*`
 
-/** The workload id in a subject of the events, late, logs or control family. */
+/** The workload id in a subject of the events, stored, late, logs or control family. */
 export const workloadOf = (subject: string): WorkloadId => subject.split('.', 3)[2] ?? ''
 
-/** The last token: the workload in `vulcan.work.{isolation}.{target}.{workload}` and in replies. */
+/** The last token: the workload in `vulcan.work.{isolation}.{target}.{workload}`. */
 export const lastToken = (subject: string): string => subject.slice(subject.lastIndexOf('.') + 1)

@@ -48,6 +48,8 @@ export function streams(options: TopologyOptions): (Partial<StreamConfig> & { na
       max_age: hours(options.eventsMaxAgeH),
       max_bytes: mebibytes(options.eventsMaxMb),
       allow_direct: true,
+      // Whoever waits for an end hears of it from the server itself, the moment it is stored.
+      republish: { src: 'vulcan.events.*.*', dest: 'vulcan.stored.{{wildcard(1)}}.{{wildcard(2)}}' },
     },
     {
       ...common,
