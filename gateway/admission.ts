@@ -93,7 +93,7 @@ export async function prepare(
       field: 'secrets[0]',
     })
   if (!context.bus.connected) throw new BusUnavailable('not connected')
-  const { isolation, reason } = route(spec, context.roster.backend)
+  const { isolation, reason } = route(spec, context.roster.ability)
   const id =
     headers.idempotencyKey === undefined
       ? newWorkloadId()

@@ -2,7 +2,7 @@
  * Who can run what: live runners by their heartbeats, and each isolation’s last known capabilities from the KV
  * bucket, so that work for an isolation whose runner is just being restarted is queued and not refused.
  */
-import { type Backend, Heartbeat, knownForMs, lostAfterMs } from '../shared/backends.ts'
+import { type Ability, type Backend, Heartbeat, knownForMs, lostAfterMs } from '../shared/backends.ts'
 import type { Bus } from '../shared/bus.ts'
 import { allRunners, rollCallSubject } from '../shared/subjects.ts'
 import { Isolation } from '../shared/workload.ts'
@@ -15,7 +15,8 @@ const fixes: Record<Isolation, string> = {
 }
 
 export interface Roster {
-  backend(isolation: Isolation): Backend
+  /** What an isolation can do, as far as is known. */
+  ability(isolation: Isolation): Ability
   backends(): Backend[]
   /** True when the runner has not been heard of for as long as a lost one is given. */
   lost(runner: string): boolean
@@ -63,31 +64,33 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
     for (const [runner, { at }] of live) if (Date.now() - at > lostAfterMs) live.delete(runner)
   }, 1_000)
 
-  const backend = (isolation: Isolation): Backend => {
+  const ability = (isolation: Isolation): Ability => {
     const last = known.get(isolation)
     let best = last !== undefined && Date.now() - last.at < knownForMs ? last.beat : undefined
+    for (const { beat } of live.values())
+      if (beat.isolation === isolation && (best === undefined || (beat.available && !best.available)))
+        best = beat
+    if (best !== undefined) return best
+    return {
+      isolation,
+      available: false,
+      reason: `no ${isolation} runner has been seen`,
+      fix: fixes[isolation],
+      capabilities: null,
+    }
+  }
+  const backend = (isolation: Isolation): Backend => {
     const runners = []
     for (const { beat, at } of live.values()) {
-      if (beat.isolation !== isolation) continue
-      if (best === undefined || (beat.available && !best.available)) best = beat
-      if (!beat.available) continue
+      if (beat.isolation !== isolation || !beat.available) continue
       const { runner, slots, active, host, pid, started_at } = beat
       runners.push({ runner, slots, active, host, pid, started_at, last_seen: new Date(at).toISOString() })
     }
-    if (best === undefined)
-      return {
-        isolation,
-        available: false,
-        reason: `no ${isolation} runner has been seen`,
-        fix: fixes[isolation],
-        capabilities: null,
-        runners,
-      }
-    const { available, reason, fix, capabilities } = best
+    const { available, reason, fix, capabilities } = ability(isolation)
     return { isolation, available, reason, fix, capabilities, runners }
   }
   return {
-    backend,
+    ability,
     backends: () => Isolation.options.map(backend),
     lost: (runner) => !live.has(runner) && Date.now() - since > lostAfterMs,
     close() {

@@ -1,5 +1,5 @@
 /** Which isolation runs a workload, and why. Pure; what is available is given. */
-import type { Backend } from '../shared/backends.ts'
+import type { Ability } from '../shared/backends.ts'
 import { Problem } from '../shared/errors.ts'
 import type { Isolation, Runtime, WorkloadSpec } from '../shared/workload.ts'
 
@@ -9,7 +9,7 @@ export interface Route {
   reason: string
 }
 
-type Backends = (isolation: Isolation) => Backend
+type Abilities = (isolation: Isolation) => Ability
 
 /** The runtime a spec means where it names none. */
 export const runtimeOf = (spec: WorkloadSpec): Runtime | undefined =>
@@ -29,7 +29,7 @@ function automatic(spec: WorkloadSpec): Route {
 }
 
 /** Why a backend cannot take the spec; undefined when it can. */
-function obstacle(spec: WorkloadSpec, backend: Backend): string | undefined {
+function obstacle(spec: WorkloadSpec, backend: Ability): string | undefined {
   if (!backend.available) return `${backend.isolation} is unavailable: ${backend.reason}; ${backend.fix}`
   const can = backend.capabilities
   if (can === null) return undefined
@@ -46,7 +46,7 @@ function obstacle(spec: WorkloadSpec, backend: Backend): string | undefined {
  * Chooses. An isolation that is not available is refused with what would make it so; a weaker one is taken only
  * where the client’s own preference list says it may be.
  */
-export function route(spec: WorkloadSpec, backends: Backends): Route {
+export function route(spec: WorkloadSpec, abilities: Abilities): Route {
   const asked = spec.isolation
   const candidates: Route[] =
     asked === 'auto'
@@ -59,7 +59,7 @@ export function route(spec: WorkloadSpec, backends: Backends): Route {
           }))
   const passed: string[] = []
   for (const candidate of candidates) {
-    const reason = obstacle(spec, backends(candidate.isolation))
+    const reason = obstacle(spec, abilities(candidate.isolation))
     if (reason === undefined)
       return passed.length === 0
         ? candidate

@@ -84,18 +84,20 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
   const mine: Held = { message, stop: new AbortController(), attempt: undefined }
   held.set(message.workload, mine)
   try {
-    const parsed = eventSchemas.accepted.safeParse(parseJson(message.body))
-    if (!parsed.success || Number.isNaN(message.acceptedSeq)) {
-      log.warn({ workload: message.workload }, 'dropped a queued message that is not an accepted event')
-      message.ack()
-      return
-    }
+    // The gateway has parsed it: it is looked at again only where something goes wrong with it.
+    const accepted = JSON.parse(message.body) as AcceptedEvent
+    if (accepted.subject !== message.workload) throw new Error('an event of another workload')
     let last: StoredEvent | undefined =
       message.deliveries === 1
-        ? { event: parsed.data as LifecycleEvent, seq: message.acceptedSeq }
+        ? { event: accepted, seq: message.acceptedSeq }
         : await bus.lastEvent(message.workload)
-    while (last !== undefined) last = await step(context, mine, parsed.data, last)
+    while (last !== undefined) last = await step(context, mine, accepted, last)
   } catch (error) {
+    if (!isAccepted(message)) {
+      log.warn({ workload: message.workload }, 'dropped a queued message that is not an accepted event')
+      mine.message.ack()
+      return
+    }
     if (!(error instanceof BusUnavailable))
       log.error({ workload: message.workload, err: error }, 'attempt failed')
     // Whatever went wrong here was ours: the message comes back, here or elsewhere.
@@ -104,6 +106,10 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
     held.delete(message.workload)
   }
 }
+
+const isAccepted = (message: WorkMessage): boolean =>
+  !Number.isNaN(message.acceptedSeq) &&
+  eventSchemas.accepted.safeParse(parseJson(message.body)).data?.subject === message.workload
 
 /** One move from where the workload stands. Returns where it stands then, or undefined when there is no more to do. */
 async function step(

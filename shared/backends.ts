@@ -62,3 +62,6 @@ export const Backend = z
   })
   .meta({ id: 'Backend' })
 export type Backend = z.infer<typeof Backend>
+
+/** A backend without who runs it: what routing looks at. */
+export type Ability = Omit<Backend, 'runners'>

@@ -1,5 +1,5 @@
 /** Workload ids: UUIDv7 where we choose (sortable by time), UUIDv8 where an idempotency key decides. */
-import { createHash, randomUUIDv7 } from 'node:crypto'
+import { createHash, hash, randomUUIDv7 } from 'node:crypto'
 import type { Digest, WorkloadId } from './workload.ts'
 
 export const newWorkloadId = (): WorkloadId => randomUUIDv7()
@@ -16,7 +16,6 @@ export function derivedWorkloadId(namespace: string, key: string): WorkloadId {
 /** Short random id of a process, unique per start, fit for a subject token. */
 export const newProcessId = (kind: string): string => `${kind}-${randomUUIDv7().slice(-12)}`
 
-export const sha256Hex = (bytes: Uint8Array | string): string =>
-  createHash('sha256').update(bytes).digest('hex')
+export const sha256Hex = (bytes: Uint8Array | string): string => hash('sha256', bytes)
 
 export const digestOf = (bytes: Uint8Array | string): Digest => `sha256:${sha256Hex(bytes)}`
