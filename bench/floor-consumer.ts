@@ -1,13 +1,18 @@
 /** The floor’s far end, a process of its own: pull from the sourced queue, reply over core NATS, acknowledge. */
-import { Bus } from '../shared/bus.ts'
-import { pullWork } from '../shared/queue.ts'
+import { jetstream } from '@nats-io/jetstream'
+import { connect } from '@nats-io/transport-node'
+import { lastToken } from '../shared/subjects.ts'
+import { WORK } from '../shared/topology.ts'
 
-const [url = '', consumer = ''] = process.argv.slice(2)
-const bus = await Bus.connect({ url, name: 'floor-consumer' })
-const puller = pullWork(bus, consumer, 256, (message) => {
-  bus.send(`floor.reply.${message.workload}`, '{}')
-  message.ack()
-  puller.release()
+const [url = '', name = ''] = process.argv.slice(2)
+const connection = await connect({ servers: url })
+const consumer = await jetstream(connection).consumers.get(WORK, name)
+await consumer.consume({
+  max_messages: 256,
+  callback: (message) => {
+    connection.publish(`floor.reply.${lastToken(message.subject)}`, '{}')
+    message.ack()
+  },
 })
-await bus.nc.flush()
+await connection.flush()
 console.log('ready')

@@ -1,19 +1,20 @@
 /**
  * The least that the messaging shape costs: an accepted event is published and acknowledged, the server sources it
- * into the queue, a consumer pulls it and replies. Nothing is parsed, run or recorded.
+ * into the queue, a consumer pulls it and replies. Nothing is parsed, run or recorded; both ends are the nats.js
+ * client as it comes, one process each.
  */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { Bus } from '../shared/bus.ts'
+import { type JetStreamClient, jetstream, jetstreamManager } from '@nats-io/jetstream'
+import { connect } from '@nats-io/transport-node'
 import { makeEvent } from '../shared/events.ts'
 import { newWorkloadId } from '../shared/ids.ts'
-import { acceptedSubject, lastToken } from '../shared/subjects.ts'
+import { acceptedSubject, lastToken, lifecycleSubjects } from '../shared/subjects.ts'
 import { ensureTopology, TopologyOptions, WORK } from '../shared/topology.ts'
 import { WorkloadSpec } from '../shared/workload.ts'
-import { type LoadResult, summarise } from './load.ts'
+import { type LoadResult, repeat } from './load.ts'
 
 const isolation = 'isolate'
-
 const spec = WorkloadSpec.parse({ code: 'export default ({ x }) => ({ y: x * 2 })', input: { x: 21 } })
 const data = {
   spec,
@@ -26,57 +27,54 @@ const data = {
   rerun_of: null,
 } as const
 
-function publish(bus: Bus, id: string) {
+function publish(js: JetStreamClient, id: string) {
   const event = makeEvent('accepted', id, 0, data, { source: '/vulcan/floor' })
-  return bus.publishEvent(acceptedSubject(id, isolation), event, 0)
+  return js.publish(acceptedSubject(id, isolation), JSON.stringify(event), {
+    expect: { lastSubjectSequence: 0, lastSubjectSequenceSubject: lifecycleSubjects(id) },
+  })
 }
 
-async function repeat(one: () => Promise<unknown>, inFlight: number, seconds: number): Promise<LoadResult> {
-  const latencies: number[] = []
-  const start = performance.now()
-  const client = async () => {
-    while (performance.now() < start + seconds * 1_000) {
-      const before = performance.now()
-      await one()
-      latencies.push(performance.now() - before)
-    }
-  }
-  await Promise.all(Array.from({ length: inFlight }, client))
-  return summarise(latencies, (performance.now() - start) / 1_000, 0)
-}
-
-/** Round trips per second and their latency in ms, at each number in flight; `url` is a server
- * that nothing else uses. */
+/**
+ * Round trips per second and their latency in ms, at each number in flight; `url` is a server that nothing else
+ * uses.
+ */
 export async function floor(
   url: string,
   inFlight: number[],
   seconds: number,
 ): Promise<Map<number, LoadResult>> {
-  await using bus = await Bus.connect({ url, name: 'floor' })
-  await ensureTopology(bus.jsm, TopologyOptions.parse({}))
+  const connection = await connect({ servers: url })
+  await ensureTopology(await jetstreamManager(connection), TopologyOptions.parse({}))
   const far = new URL('./floor-consumer.ts', import.meta.url).pathname
   const consumer = spawn(process.execPath, [far, url, isolation], { stdio: ['ignore', 'pipe', 'inherit'] })
   await once(consumer.stdout, 'data')
+  const js = jetstream(connection)
   const waiting = new Map<string, () => void>()
-  bus.listen('floor.reply.*', (message) => waiting.get(lastToken(message.subject))?.())
+  connection.subscribe('floor.reply.*', {
+    callback: (_, message) => waiting.get(lastToken(message.subject))?.(),
+  })
   const roundTrip = async () => {
     const id = newWorkloadId()
     const replied = new Promise<void>((resolve) => waiting.set(id, resolve))
-    await Promise.all([publish(bus, id), replied])
-    waiting.delete(id)
+    await Promise.all([publish(js, id), replied])
+    return waiting.delete(id)
   }
   await repeat(roundTrip, 16, 0.5)
   const results = new Map<number, LoadResult>()
   for (const n of inFlight) results.set(n, await repeat(roundTrip, n, seconds))
   consumer.kill()
   await once(consumer, 'exit')
+  await connection.close()
   return results
 }
 
 /** Accepted events published and acknowledged per second, nothing behind them. The queue is emptied afterwards. */
 export async function acceptFloor(url: string, inFlight: number, seconds: number): Promise<LoadResult> {
-  await using bus = await Bus.connect({ url, name: 'accept-floor' })
-  const result = await repeat(() => publish(bus, newWorkloadId()), inFlight, seconds)
-  await bus.jsm.streams.purge(WORK, { filter: `vulcan.work.${isolation}.>` })
+  const connection = await connect({ servers: url })
+  const js = jetstream(connection)
+  const result = await repeat(async () => (await publish(js, newWorkloadId())).seq > 0, inFlight, seconds)
+  const jsm = await jetstreamManager(connection)
+  await jsm.streams.purge(WORK, { filter: `vulcan.work.${isolation}.>` })
+  await connection.close()
   return result
 }
