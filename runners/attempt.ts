@@ -7,7 +7,7 @@
 import { z } from 'zod'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus, StoredEvent } from '../shared/bus.ts'
-import { BusUnavailable } from '../shared/errors.ts'
+import { BusUnavailable, StreamFull } from '../shared/errors.ts'
 import {
   type AcceptedEvent,
   type End,
@@ -27,6 +27,7 @@ import { controlSubject, eventSubject, lateSubject, logSubject } from '../shared
 import type { Cause, Receipt, WorkloadSpec } from '../shared/workload.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
 import type { Job, Outcome, Prepared, Runner } from './runner.ts'
+import type { Vigil } from './vigil.ts'
 
 /** Outputs larger than this (bytes of JSON) go through the object store: a message holds 1 MiB. */
 const inlineOutputBytes = 512 * 1024
@@ -38,9 +39,18 @@ export type StopReason = 'killed' | 'timeout' | 'shutdown' | 'lease_lost'
 /** A workload this process holds, from receipt of its message on. */
 export interface Held {
   message: WorkMessage
+  /** Stops the attempt at hand; aborted with a `StopReason`, by its timeout or through `halt`. */
   stop: AbortController
+  /** The first word of `halt`, which holds beyond the attempt. */
+  halted: Exclude<StopReason, 'timeout'> | undefined
   /** The attempt that runs here now; undefined before and after. */
   attempt: number | undefined
+}
+
+/** Stops a workload for good: also where its attempt is being stopped already and another would follow. */
+export function halt(held: Held, reason: Exclude<StopReason, 'timeout'>): void {
+  held.halted ??= reason
+  held.stop.abort(reason satisfies StopReason)
 }
 
 /** What is asked on a workload’s control subject: to end it, or whether its attempt runs there. */
@@ -52,6 +62,8 @@ export type ControlRequest = z.infer<typeof ControlRequest>
 
 /** Milliseconds that a runner is given to say that it has a workload. */
 const haveTimeoutMs = 500
+/** Milliseconds between two tries to store an end where there is no room. */
+const fullRetryMs = 1_000
 
 export interface AttemptContext {
   bus: Bus
@@ -59,10 +71,13 @@ export interface AttemptContext {
   runner: Runner
   runnerId: string
   ackWaitMs: number
+  /** A completion for which there is no room for this long (ms) ends as `disk_full`. */
+  fullMs: number
   logLimits: LogLimits
   log: Logger
   /** What this process holds, by workload. */
   held: Map<string, Held>
+  vigil: Vigil
 }
 
 const stopMessages: Record<Exclude<StopReason, 'timeout'>, string> = {
@@ -81,17 +96,19 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
     message.working()
     return
   }
-  const mine: Held = { message, stop: new AbortController(), attempt: undefined }
+  const mine: Held = { message, stop: new AbortController(), halted: undefined, attempt: undefined }
   held.set(message.workload, mine)
+  context.vigil.keep()
   try {
     // The gateway has parsed it: it is looked at again only where something goes wrong with it.
     const accepted = JSON.parse(message.body) as AcceptedEvent
-    if (accepted.subject !== message.workload) throw new Error('an event of another workload')
-    let last: StoredEvent | undefined =
+    if (!looksAccepted(accepted, message)) throw new Error('not an accepted event of its workload')
+    let next: Next =
       message.deliveries === 1
         ? { event: accepted, seq: message.acceptedSeq }
-        : await bus.lastEvent(message.workload)
-    while (last !== undefined) last = await step(context, mine, accepted, last)
+        : ((await bus.lastEvent(message.workload)) ?? 'gone')
+    while (next !== 'done')
+      next = next === 'gone' ? await giveUp(context, accepted) : await step(context, mine, accepted, next)
   } catch (error) {
     if (!isAccepted(message)) {
       log.warn({ workload: message.workload }, 'dropped a queued message that is not an accepted event')
@@ -107,32 +124,62 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
   }
 }
 
+/** Where a workload stands after a move; `gone`: its events are no longer in the stream. */
+type Next = StoredEvent | 'gone' | 'done'
+
+/** As much as tells an accepted event from anything else, before something is recorded of it. */
+const looksAccepted = (event: AcceptedEvent | null, { workload, acceptedSeq }: WorkMessage): boolean =>
+  event?.subject === workload &&
+  acceptedSeq > 0 &&
+  Number.isFinite(event.data?.spec?.limits?.timeout_s) &&
+  Number.isInteger(event.data.spec.retry?.max_attempts)
+
 const isAccepted = (message: WorkMessage): boolean =>
   !Number.isNaN(message.acceptedSeq) &&
   eventSchemas.accepted.safeParse(parseJson(message.body)).data?.subject === message.workload
 
-/** One move from where the workload stands. Returns where it stands then, or undefined when there is no more to do. */
+/**
+ * The queue has it and the stream has nothing of it: older than what is kept, or purged. Whether it ran cannot be
+ * known, so it does not run now; for whoever knows it as pending this is its end, for others it comes late.
+ */
+const giveUp = (context: AttemptContext, accepted: AcceptedEvent): Promise<Next> =>
+  move(
+    context,
+    accepted,
+    0,
+    'failed',
+    endOf({
+      attempt: 0,
+      runner: null,
+      cause: 'internal',
+      error: { message: 'its events are no longer in the stream', stack: null },
+    }),
+  )
+
+/** One move from where the workload stands. */
 async function step(
   context: AttemptContext,
   held: Held,
   accepted: AcceptedEvent,
   last: StoredEvent,
-): Promise<StoredEvent | undefined> {
+): Promise<Next> {
   const now = standing(last.event)
   switch (now.at) {
     case 'ended':
       held.message.ack()
-      return undefined
+      return 'done'
     case 'pending': {
-      const reason: StopReason | undefined = held.stop.signal.reason
-      const leaving = reason === 'shutdown' || reason === 'lease_lost'
+      const leaving = held.halted === 'shutdown' || held.halted === 'lease_lost'
       const wait = now.notBefore - Date.now()
       if (leaving || wait > 0) {
         held.message.later(Math.max(0, wait))
-        return undefined
+        return 'done'
       }
-      // A timeout belongs to the attempt it ended; a kill holds for the next one too.
-      if (reason === 'timeout') held.stop = new AbortController()
+      // A timeout belongs to the attempt it ended; a kill holds for the next one too, also one that came behind it.
+      if (held.stop.signal.reason === ('timeout' satisfies StopReason)) {
+        held.stop = new AbortController()
+        if (held.halted !== undefined) halt(held, held.halted)
+      }
       return await attempt(context, held, accepted, now.attempts + 1, last.seq)
     }
     case 'running': {
@@ -140,7 +187,7 @@ async function step(
       const question = JSON.stringify({ action: 'have', attempt: now.attempts } satisfies ControlRequest)
       if ((await context.bus.ask(controlSubject(accepted.subject), question, haveTimeoutMs)) !== undefined) {
         held.message.later(context.ackWaitMs)
-        return undefined
+        return 'done'
       }
       const error = { message: `runner ${now.runner} was lost while it ran`, stack: null }
       const retry = accepted.data.spec.retry
@@ -164,8 +211,8 @@ async function attempt(
   accepted: AcceptedEvent,
   n: number,
   expected: number,
-): Promise<StoredEvent | undefined> {
-  const { bus, blobs, runner, runnerId } = context
+): Promise<Next> {
+  const { bus, runner, runnerId } = context
   const id = accepted.subject
   const { spec } = accepted.data
   const job = await toJob(context, accepted, spec, n)
@@ -174,7 +221,7 @@ async function attempt(
   try {
     const started = makeEvent('started', id, n, { attempt: n, runner: runnerId }, originOf(context, accepted))
     const stored = await bus.settleEvent(eventSubject(id, 'started'), started, expected)
-    if (!stored.stored) return stored.last
+    if (!stored.stored) return stored.last ?? 'gone'
     if (prepared === undefined || typeof job === 'string') {
       const error = { message: job as string, stack: null }
       const end = endOf({ attempt: n, runner: runnerId, started_at: started.time, cause: 'internal', error })
@@ -195,6 +242,7 @@ async function attempt(
       () => held.stop.abort('timeout' satisfies StopReason),
       spec.limits.timeout_s * 1_000,
     )
+    context.vigil.keep()
     const before = performance.now()
     const outcome = await prepared.run(held.stop.signal, book.write).finally(() => clearTimeout(clock))
     const duration = Math.round((performance.now() - before) * 1_000) / 1_000
@@ -219,11 +267,14 @@ async function attempt(
       receipt,
     }
     const verdict = judge(outcome, held.stop.signal.reason, spec)
-    if (verdict.kind === 'completed') {
-      const output = await storeOutput(blobs, verdict.output)
-      const end = endOf({ ...base, ...output, exit_code: verdict.exitCode })
-      return await move(context, accepted, stored.seq, 'completed', end)
-    }
+    if (verdict.kind === 'completed')
+      return await complete(
+        context,
+        accepted,
+        stored.seq,
+        { ...base, exit_code: verdict.exitCode },
+        verdict.output,
+      )
     const { cause, error, exitCode } = verdict
     if (verdict.kind === 'failed' && mayRetry(spec.retry, cause, n)) {
       const not_before = new Date(Date.now() + retryDelay(spec.retry, n)).toISOString()
@@ -292,8 +343,37 @@ function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadS
 }
 
 /**
+ * Stores a completion, trying as long as it takes. Where there has been no room for it for `fullMs` and there is
+ * room for the small event that says so, the workload has failed instead: to run it again would bring the same
+ * output.
+ */
+async function complete(
+  context: AttemptContext,
+  accepted: AcceptedEvent,
+  expected: number,
+  base: Partial<End> & Pick<End, 'attempt' | 'runner'>,
+  output: string,
+): Promise<Next> {
+  for (let patience = context.fullMs; ; patience = fullRetryMs) {
+    try {
+      const end = endOf({ ...base, ...(await storeOutput(context.blobs, output, patience)) })
+      return await move(context, accepted, expected, 'completed', end, patience)
+    } catch (error) {
+      if (!(error instanceof StreamFull)) throw error
+      const message = `its output of ${Buffer.byteLength(output)} bytes could not be stored: ${error.message}`
+      const end = endOf({ ...base, cause: 'disk_full', error: { message, stack: null } })
+      try {
+        return await move(context, accepted, expected, 'failed', end, 0)
+      } catch (again) {
+        if (!(again instanceof StreamFull)) throw again
+      }
+    }
+  }
+}
+
+/**
  * Stores the next event. Stored: the workload stands there. Refused: somebody else moved it, and what we have is
- * late unless it is a step that lost its point.
+ * late unless it is a step that lost its point. Throws `StreamFull` where there has been no room for `fullMs`.
  */
 async function move<K extends 'retrying' | EndKind>(
   context: AttemptContext,
@@ -301,7 +381,8 @@ async function move<K extends 'retrying' | EndKind>(
   expected: number,
   kind: K,
   data: K extends 'retrying' ? Parameters<typeof makeEvent<'retrying'>>[3] : End,
-): Promise<StoredEvent | undefined> {
+  fullMs = Number.POSITIVE_INFINITY,
+): Promise<Next> {
   const { bus, runnerId } = context
   const id = accepted.subject
   const made = makeEvent(
@@ -312,14 +393,14 @@ async function move<K extends 'retrying' | EndKind>(
     originOf(context, accepted),
   )
   const event = made as LifecycleEvent
-  const stored = await bus.settleEvent(eventSubject(id, kind), event, expected)
+  const stored = await bus.settleEvent(eventSubject(id, kind), event, expected, undefined, fullMs)
   if (stored.stored) return { event, seq: stored.seq }
   if (data.runner === runnerId) {
     const late: Late = { attempt: data.attempt as number, runner: runnerId, status: kind, cause: data.cause }
     const record = makeEvent('late', id, late.attempt, late, originOf(context, accepted))
     await bus.publishRecord(lateSubject(id), record, `${id}.late.${late.attempt}.${runnerId}`).catch(() => {})
   }
-  return stored.last
+  return stored.last ?? 'gone'
 }
 
 /** The job of an attempt, its payload fetched; a text where the payload is gone for good. */
@@ -355,16 +436,26 @@ async function toJob(
   }
 }
 
-async function storeOutput(blobs: Blobs, output: string): Promise<Pick<End, 'output' | 'output_blob'>> {
+/** Throws `StreamFull` where there has been no room for `fullMs`. */
+async function storeOutput(
+  blobs: Blobs,
+  output: string,
+  fullMs: number,
+): Promise<Pick<End, 'output' | 'output_blob'>> {
   const value: unknown = JSON.parse(output)
   // Written again it can be longer: `1e20` becomes 21 digits.
   if (output.length <= inlineOutputBytes / 6 || Buffer.byteLength(JSON.stringify(value)) <= inlineOutputBytes)
     return { output: value, output_blob: null }
+  let fullSince: number | undefined
   for (;;) {
     try {
       return { output: null, output_blob: await blobs.put(Buffer.from(output)) }
     } catch (error) {
-      if (!(error instanceof BusUnavailable)) throw error
+      if (!(error instanceof BusUnavailable || error instanceof StreamFull)) throw error
+      if (error instanceof StreamFull) {
+        fullSince ??= Date.now()
+        if (Date.now() - fullSince >= fullMs) throw error
+      }
       await new Promise((resolve) => setTimeout(resolve, 250))
     }
   }

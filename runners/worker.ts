@@ -4,7 +4,7 @@
  */
 import { hostname } from 'node:os'
 import { setTimeout as delay } from 'node:timers/promises'
-import { type Heartbeat, heartbeatMs } from '../shared/backends.ts'
+import { backendKey, type Heartbeat, heartbeatMs } from '../shared/backends.ts'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import type { Logger } from '../shared/process.ts'
@@ -12,14 +12,17 @@ import { pullWork } from '../shared/queue.ts'
 import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
 import { workConsumer } from '../shared/topology.ts'
 import type { Isolation } from '../shared/workload.ts'
-import { ControlRequest, type Held, parseJson, type StopReason, takeWork } from './attempt.ts'
+import { ControlRequest, type Held, halt, parseJson, takeWork } from './attempt.ts'
 import type { LogLimits } from './logbook.ts'
 import type { Probe, Runner } from './runner.ts'
+import { Vigil } from './vigil.ts'
 
 /** Milliseconds between two writes of the isolation’s last known capabilities; they are kept 15 minutes. */
 const announceMs = 5 * 60_000
 /** Milliseconds that running work is given to end by itself when the process is told to stop. */
 const drainMs = 5_000
+/** Milliseconds for which the stream or the object store may have no room before a completion is given up. */
+const fullMs = 30_000
 
 export interface WorkerOptions {
   bus: Bus
@@ -30,6 +33,8 @@ export interface WorkerOptions {
   ackWaitMs: number
   replicas: number
   logLimits: LogLimits
+  /** Milliseconds without room after which a completion ends as `disk_full`; 30 s unless given. */
+  fullMs?: number
   log: Logger
 }
 
@@ -37,10 +42,22 @@ export interface WorkerOptions {
 export async function runWorker(options: WorkerOptions, stop: AbortSignal): Promise<void> {
   const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, log } = options
   const held = new Map<string, Held>()
-  const context = { bus, blobs, runner, runnerId, ackWaitMs, logLimits, log, held }
+  const vigil = new Vigil(() => held.size === 1)
+  const context = {
+    bus,
+    blobs,
+    runner,
+    runnerId,
+    ackWaitMs,
+    fullMs: options.fullMs ?? fullMs,
+    logLimits,
+    log,
+    held,
+    vigil,
+  }
 
-  const stopAll = (reason: StopReason) => {
-    for (const one of held.values()) one.stop.abort(reason)
+  const stopAll = (reason: 'shutdown' | 'lease_lost') => {
+    for (const one of held.values()) halt(one, reason)
   }
 
   const startedAt = new Date().toISOString()
@@ -66,7 +83,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     if (mine === undefined) return
     const request = ControlRequest.safeParse(parseJson(message.string()))
     if (!request.success) return
-    if (request.data.action === 'kill') mine.stop.abort('killed' satisfies StopReason)
+    if (request.data.action === 'kill') halt(mine, 'killed')
     else if (request.data.attempt !== mine.attempt) return
     message.respond('{"ok":true}')
   })
@@ -124,7 +141,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   controls.unsubscribe()
 }
 
-/** Records what this isolation’s runners can do, so that gateways know it also while none is alive. */
+/** Records what this isolation’s runners can do on this host, so that gateways know it also while none is alive. */
 export async function announce(
   bus: Bus,
   replicas: number,
@@ -134,7 +151,7 @@ export async function announce(
   for (;;) {
     try {
       const kv = await bus.backends(replicas)
-      await kv.put(heartbeat.isolation, JSON.stringify(heartbeat))
+      await kv.put(backendKey(heartbeat), JSON.stringify(heartbeat))
       return
     } catch (error) {
       if (stop.aborted) throw error

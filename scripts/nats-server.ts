@@ -194,7 +194,7 @@ export function natsCommand(binary: string, settings: NatsSettings) {
       VULCAN_NATS_STORE: JSON.stringify(settings.storeDir),
       // It shares the machine with everything else here: with all cores to itself on paper, Go's idle threads spin
       // for work that the others need the cores for.
-      GOMAXPROCS: process.env.GMP ?? '1',
+      GOMAXPROCS: String(Math.max(1, Math.floor(availableParallelism() / 2))),
     },
   }
 }

@@ -5,6 +5,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
+import { startNats } from './nats.ts'
 import { http, startTestPlatform } from './platform.ts'
 
 interface Workload {
@@ -193,6 +194,74 @@ test('a running workload whose runner is gone for good ends as runner_lost', asy
   }
   assert.is(workload.status, 'failed')
   assert.is(workload.cause, 'runner_lost')
+})
+
+test('a flood of 100,000 lines is cut at its limit, and the stream says so', async () => {
+  await using platform = await startTestPlatform()
+  const code =
+    "export default () => { for (let i = 0; i < 100_000; i++) console.log('line', i); return 'flooded' }"
+  const answer = await http<Workload>(`${platform.url}/v1/workloads`, { body: { code } })
+  assert.is(answer.body.status, 'completed', JSON.stringify(answer.body.error))
+  assert.is(answer.body.output, 'flooded')
+  const stream = await fetch(`${platform.url}/v1/workloads/${answer.body.id}/logs`, {
+    headers: { accept: 'text/event-stream' },
+  })
+  const events = (await stream.text()).split('\n\n').map((event) => {
+    const field = (name: string) => new RegExp(`^${name}: (.*)$`, 'm').exec(event)?.[1]
+    return { name: field('event'), id: field('id'), data: JSON.parse(field('data') ?? 'null') }
+  })
+  const lines = events.filter(({ name }) => name === 'log')
+  assert.is(lines.length, 10_000)
+  for (const [i, { data }] of lines.entries()) assert.is(data.text, `line ${i}`)
+  assert.is(new Set(lines.map(({ id }) => id)).size, 10_000, 'every line has an id of its own')
+  const gaps = events.filter(({ name }) => name === 'gap')
+  for (const { data } of gaps) assert.is(data.reason, 'dropped')
+  assert.is(
+    gaps.reduce((sum, { data }) => sum + data.count, 0),
+    90_000,
+    JSON.stringify(gaps.map(({ data }) => data)),
+  )
+  assert.is(events.filter(({ name }) => name !== undefined).at(-1)!.name, 'end')
+})
+
+test('two platforms side by side do not disturb each other', async () => {
+  await using one = await startTestPlatform()
+  await using other = await startTestPlatform()
+  assert.is.not(one.url, other.url)
+  assert.is.not(one.natsUrl, other.natsUrl)
+  const ran = await http<Workload>(`${one.url}/v1/workloads`, { body: { code: 'export default () => 1' } })
+  assert.is(ran.body.output, 1)
+  assert.is((await http(`${one.url}/v1/workloads/${ran.body.id}`)).status, 200)
+  assert.is((await http(`${other.url}/v1/workloads/${ran.body.id}`)).status, 404)
+})
+
+test('without its broker the platform says so at once, and every process comes back by itself', async () => {
+  await using nats = await startNats()
+  await using platform = await startTestPlatform({ NATS_URL: nats.url })
+  const pids = () => ['gateway', 'dispatcher', 'runner'].map((name) => platform.supervisor.pid(name))
+  const before = pids()
+  const body = { code: 'export default () => 1' }
+  await nats.kill()
+
+  const ready = () => http<{ parts: Record<string, unknown> }>(`${platform.url}/readyz`)
+  let state = await ready()
+  while (state.body.parts.bus === 'ok') state = await ready()
+  assert.is(state.status, 503)
+  assert.match(String(state.body.parts.bus), /cannot be reached/)
+  const refused = await http<{ code: string }>(`${platform.url}/v1/workloads/async`, { body })
+  assert.is(refused.status, 503)
+  assert.is(refused.body.code, 'bus_unavailable')
+  assert.ok(Number(refused.headers.get('retry-after')) > 0)
+
+  await nats.restart()
+  const deadline = Date.now() + 20_000
+  while (state.status !== 200 && Date.now() < deadline) {
+    await delay(50)
+    state = await ready()
+  }
+  assert.is(state.status, 200, JSON.stringify(state.body))
+  assert.is((await http<Workload>(`${platform.url}/v1/workloads`, { body })).body.output, 1)
+  assert.equal(pids(), before, 'none had to be started again')
 })
 
 test.run()
