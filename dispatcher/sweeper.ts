@@ -18,6 +18,8 @@ export const sweepMs = 3_000
 /** Workloads ended in one sweep, and published at once. */
 const atMost = 500
 const atOnce = 50
+/** Milliseconds after which an unknown outcome is left to the next sweep. */
+const settleMs = 5_000
 
 /** Since when (ms since the epoch) each runner that has running workloads was silent, as far as can be known here. */
 export interface Silence {
@@ -136,8 +138,15 @@ export function startSweeper(options: SweeperOptions): Sweeper {
         const record = toRecord(row)
         const event = runnerLostEvent(record, origin, Date.now())
         const kind = event.type === 'vulcan.workload.failed' ? 'failed' : 'retrying'
-        const published = await bus.publishEvent(eventSubject(record.id, kind), event, record.last_seq)
-        if (published.stored) ended++
+        const subject = eventSubject(record.id, kind)
+        const settled = await bus.settleEvent(
+          subject,
+          event,
+          record.last_seq,
+          AbortSignal.timeout(settleMs),
+          0,
+        )
+        if (settled.stored) ended++
       })
       await Promise.all(publishing)
     }

@@ -11,14 +11,28 @@ import type { WorkloadId } from '../shared/workload.ts'
 const patienceMs = 30_000
 const askMs = 500
 
-const killedBy = (id: WorkloadId, data: Pick<End, 'attempt' | 'runner' | 'started_at'>, origin: Origin) =>
+/** What an end says of the attempt that was the last to start. */
+type LastAttempt = Pick<End, 'attempt' | 'runner' | 'started_at' | 'duration_ms'>
+
+const neverStarted: LastAttempt = { attempt: 0, runner: null, started_at: null, duration_ms: null }
+
+const millisecondsSince = (from: string, until: number): number => Math.max(0, until - Date.parse(from))
+
+/** The attempt that a `retrying` event ended; when it started is told by its own event alone. */
+async function attemptBefore(bus: Bus, last: LifecycleEvent): Promise<LastAttempt> {
+  if (last.type !== 'vulcan.workload.retrying') return neverStarted
+  const started_at = (await bus.startedEvent(last.subject))?.event.time ?? null
+  const duration_ms = started_at === null ? null : millisecondsSince(started_at, Date.parse(last.time))
+  return { attempt: last.data.attempt, runner: last.data.runner, started_at, duration_ms }
+}
+
+const killedBy = (id: WorkloadId, data: LastAttempt, origin: Origin) =>
   makeEvent(
     'killed',
     id,
     `${data.attempt}.kill`,
     {
       ...data,
-      duration_ms: data.started_at === null ? null : Math.max(0, Date.now() - Date.parse(data.started_at)),
       cause: 'killed',
       error: { message: 'killed on request', stack: null },
       output: null,
@@ -49,7 +63,7 @@ export async function kill(
     const now = standing(last.event)
     if (now.at === 'ended') return now.event
     if (now.at === 'pending') {
-      const event = killedBy(id, { attempt: now.attempts, runner: null, started_at: null }, origin)
+      const event = killedBy(id, await attemptBefore(bus, last.event), origin)
       if (await settled(event, last.seq)) return event
       continue
     }
@@ -61,7 +75,12 @@ export async function kill(
       // Its lease is over, so it no longer runs there; nobody else is left to say so.
       const event = killedBy(
         id,
-        { attempt: now.attempts, runner: now.runner, started_at: now.startedAt },
+        {
+          attempt: now.attempts,
+          runner: now.runner,
+          started_at: now.startedAt,
+          duration_ms: millisecondsSince(now.startedAt, Date.now()),
+        },
         origin,
       )
       if (await settled(event, last.seq)) return event

@@ -1,6 +1,6 @@
 /**
- * Who can run what: live runners by their heartbeats, and each isolation’s last known capabilities from the KV
- * bucket, so that work for an isolation whose runner is just being restarted is queued and not refused.
+ * Who can run what: live runners by their heartbeats, and each host’s last word on an isolation from the KV bucket,
+ * so that work for an isolation whose runner is just being restarted is queued and not refused.
  */
 import { type Ability, type Backend, Heartbeat, knownForMs, lostAfterMs } from '../shared/backends.ts'
 import type { Bus } from '../shared/bus.ts'
@@ -25,7 +25,8 @@ export interface Roster {
 
 export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
   const live = new Map<string, { beat: Heartbeat; at: number }>()
-  const known = new Map<Isolation, { beat: Heartbeat; at: number }>()
+  /** By the key of the KV bucket. */
+  const known = new Map<string, { beat: Heartbeat; at: number }>()
   let since = Date.now()
 
   const parse = (text: string): Heartbeat | undefined => {
@@ -44,11 +45,9 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
   const watch = await (await bus.backends(replicas)).watch()
   void (async () => {
     for await (const entry of watch) {
-      const isolation = Isolation.safeParse(entry.key)
-      if (!isolation.success) continue
       const beat = entry.operation === 'PUT' ? parse(entry.string()) : undefined
-      if (beat === undefined) known.delete(isolation.data)
-      else known.set(isolation.data, { beat, at: entry.created.getTime() })
+      if (beat === undefined) known.delete(entry.key)
+      else known.set(entry.key, { beat, at: entry.created.getTime() })
     }
   })()
   bus.send(rollCallSubject, '')
@@ -62,14 +61,16 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
   const timer = setInterval(() => {
     if (!bus.connected) return
     for (const [runner, { at }] of live) if (Date.now() - at > lostAfterMs) live.delete(runner)
+    for (const [key, { at }] of known) if (Date.now() - at > knownForMs) known.delete(key)
   }, 1_000)
 
   const ability = (isolation: Isolation): Ability => {
-    const last = known.get(isolation)
-    let best = last !== undefined && Date.now() - last.at < knownForMs ? last.beat : undefined
-    for (const { beat } of live.values())
-      if (beat.isolation === isolation && (best === undefined || (beat.available && !best.available)))
-        best = beat
+    let best: Heartbeat | undefined
+    // One that can before one that cannot; of the same, one that lives before what was last heard.
+    for (const words of [live, known])
+      for (const { beat } of words.values())
+        if (beat.isolation === isolation && (best === undefined || (beat.available && !best.available)))
+          best = beat
     if (best !== undefined) return best
     return {
       isolation,

@@ -11,7 +11,6 @@ import { BusUnavailable, StreamFull } from '../shared/errors.ts'
 import {
   type AcceptedEvent,
   type End,
-  type EndEvent,
   type EndKind,
   eventSchemas,
   type Late,

@@ -41,6 +41,13 @@ export const Heartbeat = z.object({
 })
 export type Heartbeat = z.infer<typeof Heartbeat>
 
+/**
+ * `{isolation}.{host}`: where a host’s last word on an isolation is kept, so that one that cannot offer it leaves
+ * the word of another alone. Keys take letters, digits and `-/_=.` only.
+ */
+export const backendKey = ({ isolation, host }: Pick<Heartbeat, 'isolation' | 'host'>): string =>
+  `${isolation}.${host.replace(/[^A-Za-z0-9_-]/g, '_') || '_'}`
+
 /** A runner as `/v1/backends` lists it. */
 export const RunnerStatus = Heartbeat.pick({
   runner: true,

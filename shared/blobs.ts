@@ -2,8 +2,8 @@
 import { JetStreamApiError } from '@nats-io/jetstream'
 import { type ObjectInfo, type ObjectStore, Objm } from '@nats-io/obj'
 import { headers } from '@nats-io/transport-node'
-import type { Bus } from './bus.ts'
-import { BusUnavailable } from './errors.ts'
+import { type Bus, isNoRoom } from './bus.ts'
+import { BusUnavailable, StreamFull } from './errors.ts'
 import { digestOf } from './ids.ts'
 import { BLOBS } from './topology.ts'
 import type { BlobRef, Digest } from './workload.ts'
@@ -39,7 +39,10 @@ export class Blobs {
     return new Blobs(bus, await new Objm(bus.js).create(BLOBS, { replicas, description: 'Bytes by sha256' }))
   }
 
-  /** Stores bytes once; putting them again renews their age, so that the sweep keeps off. */
+  /**
+   * Stores bytes once; putting them again renews their age, so that the sweep keeps off. Throws `StreamFull` where
+   * there is no room, else `BusUnavailable`.
+   */
   async put(bytes: Uint8Array): Promise<BlobRef> {
     const digest = digestOf(bytes)
     try {
@@ -52,6 +55,7 @@ export class Blobs {
       })
     } catch (cause) {
       if (cause instanceof BusUnavailable) throw cause
+      if (isNoRoom(cause)) throw new StreamFull(cause.message, { cause })
       throw new BusUnavailable('the blob could not be stored', { cause })
     }
     return { blob: digest, size: bytes.byteLength }

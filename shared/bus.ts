@@ -24,7 +24,7 @@ import {
 import { knownForMs } from './backends.ts'
 import { BusUnavailable, MessageTooLarge, StreamFull } from './errors.ts'
 import { type AnyEvent, LifecycleEvent } from './events.ts'
-import { lastToken, lifecycleSubjects } from './subjects.ts'
+import { eventSubject, lastToken, lifecycleSubjects } from './subjects.ts'
 import { BACKENDS, EVENTS } from './topology.ts'
 import type { WorkloadId } from './workload.ts'
 
@@ -48,6 +48,22 @@ const wrongLastSequence = new Set([10071, 10164])
 /** `10077` maximum bytes, `10047` and `10023` insufficient storage or resources. */
 const noRoom = new Set([10077, 10047, 10023])
 
+/** True for the server’s word that a stream, or the disk, has no room. */
+export const isNoRoom = (error: unknown): error is JetStreamApiError =>
+  error instanceof JetStreamApiError && noRoom.has(error.code)
+
+/** The event in a stored message; undefined where it is none, or another than its subject says. */
+function eventIn(message: { subject: string; json(): unknown }): LifecycleEvent | undefined {
+  const [, , workload, kind] = message.subject.split('.', 4)
+  try {
+    const parsed = LifecycleEvent.safeParse(message.json())
+    if (!parsed.success || parsed.data.subject !== workload) return undefined
+    return parsed.data.type === `vulcan.workload.${kind}` ? parsed.data : undefined
+  } catch {
+    return undefined
+  }
+}
+
 export type Published =
   | { stored: true; seq: number }
   /** Somebody else was first; read back what stands. */
@@ -55,7 +71,20 @@ export type Published =
 
 export interface StoredEvent {
   event: LifecycleEvent
-  /** Sequence in the event stream. */
+  /**
+   * Sequence of the last message on the workload’s subjects: what the next publish must expect. It is the event’s
+   * own, unless something that is no event was published behind it.
+   */
+  seq: number
+}
+
+/** What stands on some of a workload’s subjects. */
+interface Place {
+  /** The last message that is an event of that subject; undefined: there is none. */
+  event: LifecycleEvent | undefined
+  /** Its sequence; 0: there is none. */
+  eventSeq: number
+  /** Sequence of the last message, event or not; 0: there is none. */
   seq: number
 }
 
@@ -272,25 +301,38 @@ export class Bus implements AsyncDisposable {
   /**
    * Publishes a lifecycle event until it is known whether it stands: through lost acknowledgements, lost
    * connections and full streams. `stored` is also true when an earlier try of the same event had got through.
-   * Rejects only when `signal` is aborted, the bus is closed or the event is too large for a message.
+   *
+   * What is no event moves no workload: where nothing else came behind `expected`, the event is published again
+   * behind it. `last` is undefined where the stream holds no event of the workload any more.
+   *
+   * Rejects only when `signal` is aborted, the bus is closed, the event is too large for a message, or, with
+   * `StreamFull`, when the stream has had no room for `fullMs`.
    */
   async settleEvent(
     subject: string,
     event: LifecycleEvent,
     expected: number,
     signal?: AbortSignal,
+    fullMs = Number.POSITIVE_INFINITY,
   ): Promise<{ stored: true; seq: number } | { stored: false; last: StoredEvent | undefined }> {
+    let fullSince: number | undefined
     for (;;) {
       try {
         const published = await this.publishEvent(subject, event, expected)
         if (published.stored) return published
-        const last = await this.lastEvent(event.subject)
-        const ours =
-          last?.event.id === event.id && last.event.source === event.source && last.event.time === event.time
-        return ours ? { stored: true, seq: last.seq } : { stored: false, last }
+        const { event: last, eventSeq, seq } = await this.#place(lifecycleSubjects(event.subject))
+        if (last?.id === event.id && last.source === event.source && last.time === event.time)
+          return { stored: true, seq }
+        if (seq <= expected || eventSeq > expected)
+          return { stored: false, last: last === undefined ? undefined : { event: last, seq } }
+        expected = seq
       } catch (error) {
         if (!(error instanceof BusUnavailable || error instanceof StreamFull)) throw error
         signal?.throwIfAborted()
+        if (error instanceof StreamFull) {
+          fullSince ??= Date.now()
+          if (Date.now() - fullSince >= fullMs) throw error
+        }
         await this.whenConnected(signal)
         await setTimeout(100)
       }
@@ -305,14 +347,25 @@ export class Bus implements AsyncDisposable {
     return await this.#publishAcked(subject, JSON.stringify(event), hdrs)
   }
 
-  /** The last stored lifecycle event of a workload, straight from the stream’s leader; undefined: none. */
-  lastEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
-    return this.#read({ last_by_subj: lifecycleSubjects(id) })
+  /**
+   * The last stored lifecycle event of a workload, straight from the stream’s leader; undefined: none. Messages
+   * that are no events are passed over, as the dispatcher does.
+   */
+  async lastEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
+    const { event, seq } = await this.#place(lifecycleSubjects(id))
+    return event === undefined ? undefined : { event, seq }
   }
 
   /** The `accepted` event of a workload; undefined: never accepted, or older than the stream keeps. */
-  acceptedEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
-    return this.#read({ last_by_subj: `vulcan.events.${id}.accepted.*.*` })
+  async acceptedEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
+    const { event, eventSeq } = await this.#place(`vulcan.events.${id}.accepted.*.*`)
+    return event === undefined ? undefined : { event, seq: eventSeq }
+  }
+
+  /** The `started` event of a workload’s last attempt; undefined: none, or older than the stream keeps. */
+  async startedEvent(id: WorkloadId): Promise<StoredEvent | undefined> {
+    const { event, eventSeq } = await this.#place(eventSubject(id, 'started'))
+    return event === undefined ? undefined : { event, seq: eventSeq }
   }
 
   /** Sequence of the last message on a subject, straight from the stream’s leader; 0: none. */
@@ -326,13 +379,29 @@ export class Bus implements AsyncDisposable {
     }
   }
 
-  async #read(query: { last_by_subj: string }): Promise<StoredEvent | undefined> {
+  /** One read where the last message is an event; else all of them, which only something foreign brings about. */
+  async #place(subjects: string): Promise<Place> {
+    const last = await this.#message({ last_by_subj: subjects })
+    if (last === null) return { event: undefined, eventSeq: 0, seq: 0 }
+    const place: Place = { event: eventIn(last), eventSeq: last.seq, seq: last.seq }
+    if (place.event !== undefined) return place
+    place.eventSeq = 0
+    for (let seq = 1; seq < last.seq; ) {
+      const next = await this.#message({ seq, next_by_subj: subjects })
+      if (next === null || next.seq >= last.seq) break
+      const event = eventIn(next)
+      if (event !== undefined) Object.assign(place, { event, eventSeq: next.seq })
+      seq = next.seq + 1
+    }
+    return place
+  }
+
+  async #message(query: { last_by_subj: string } | { seq: number; next_by_subj?: string }) {
     if (!this.connected) throw new BusUnavailable('not connected')
     try {
-      const stored = await this.jsm.streams.getMessage(EVENTS, query)
-      return stored === null ? undefined : { event: LifecycleEvent.parse(stored.json()), seq: stored.seq }
+      return await this.jsm.streams.getMessage(EVENTS, query)
     } catch (cause) {
-      if (cause instanceof JetStreamApiError && cause.code === 10037) return undefined
+      if (cause instanceof JetStreamApiError && cause.code === 10037) return null
       throw new BusUnavailable('the event stream cannot be read', { cause })
     }
   }
@@ -360,7 +429,7 @@ export class Bus implements AsyncDisposable {
     }
   }
 
-  /** What each isolation’s runners last said they can do; kept 15 minutes past the last word. */
+  /** What each host last said of an isolation, under `backendKey`; kept 15 minutes past the last word. */
   async backends(replicas: number): Promise<KV> {
     return await new Kvm(this.js).create(BACKENDS, { replicas, ttl: knownForMs, history: 1 })
   }

@@ -14,6 +14,43 @@ import {
   WorkloadId,
 } from './workload.ts'
 
+/**
+ * A schema of the HTTP contract as an event carries it: objects are open at every depth, so that fields may be added
+ * later, and nothing has a default, as whoever publishes has filled it in.
+ */
+function open<S extends z.ZodType>(schema: S): z.ZodType<z.output<S>> {
+  const opened = openAny(schema)
+  return opened as z.ZodType<z.output<S>>
+}
+
+function openAny(schema: z.core.$ZodType): z.core.$ZodType {
+  if (schema instanceof z.ZodDefault || schema instanceof z.ZodPrefault) return openAny(schema.unwrap())
+  if (schema instanceof z.ZodObject) {
+    const fields = Object.entries<z.core.$ZodType>(schema.shape).map(([name, field]) => [
+      name,
+      openAny(field),
+    ])
+    const { id: _, ...meta } = schema.meta() ?? {}
+    return z.looseObject(Object.fromEntries(fields)).meta(meta)
+  }
+  if (schema instanceof z.ZodOptional || schema instanceof z.ZodNullable)
+    return withInner(schema, { innerType: schema.unwrap() })
+  if (schema instanceof z.ZodArray) return withInner(schema, { element: schema.element })
+  if (schema instanceof z.ZodUnion) {
+    const options = schema.options.map(openAny)
+    const changed = options.some((option, i) => option !== schema.options[i])
+    return changed ? schema.clone({ ...schema.def, options }) : schema
+  }
+  return schema
+}
+
+/** The schema itself where nothing in it changes: it keeps its name in the JSON Schema. */
+function withInner(schema: z.ZodType, inner: Record<string, z.core.$ZodType>): z.core.$ZodType {
+  const [[name, before]] = Object.entries(inner) as [[string, z.core.$ZodType]]
+  const after = openAny(before)
+  return after === before ? schema : schema.clone({ ...schema.def, [name]: after } as typeof schema.def)
+}
+
 const Attempt = z.int().min(1)
 
 /**
@@ -21,8 +58,8 @@ const Attempt = z.int().min(1)
  * and stand, as JSON `{code?, input?}`, in the blob that `payload` names.
  */
 export const Accepted = z.looseObject({
-  spec: SpecFields.loose(),
-  payload: BlobRef.nullable(),
+  spec: open(SpecFields),
+  payload: open(BlobRef).nullable(),
   isolation: Isolation,
   target: z.string(),
   routing_reason: z.string(),
@@ -42,7 +79,7 @@ export const Retrying = z.looseObject({
   attempt: Attempt,
   runner: z.string(),
   cause: Cause,
-  error: WorkloadError,
+  error: open(WorkloadError),
   not_before: z.iso.datetime(),
 })
 export type Retrying = z.infer<typeof Retrying>
@@ -62,13 +99,13 @@ export const End = z.looseObject({
   started_at: z.iso.datetime().nullable(),
   duration_ms: z.number().nonnegative().nullable(),
   cause: Cause.nullable(),
-  error: WorkloadError.nullable(),
+  error: open(WorkloadError).nullable(),
   output: z.unknown(),
   /** The output as JSON, where it is too large for a message; `output` is null then. */
-  output_blob: BlobRef.nullable(),
+  output_blob: open(BlobRef).nullable(),
   exit_code: z.int().nullable(),
   logs: LogCount.nullable(),
-  receipt: Receipt.nullable(),
+  receipt: open(Receipt).nullable(),
 })
 export type End = z.infer<typeof End>
 
@@ -84,8 +121,8 @@ export type Late = z.infer<typeof Late>
 export const LogBatch = z.looseObject({
   attempt: Attempt,
   n: z.int().min(1),
-  lines: z.array(LogLine),
-  /** Lines that the workload’s log limit dropped before this batch’s end; set on the last batch only. */
+  lines: z.array(open(LogLine)),
+  /** Lines of the attempt that its log limit had dropped when this batch was sent, in all. */
   dropped: z.int().nonnegative(),
 })
 export type LogBatch = z.infer<typeof LogBatch>

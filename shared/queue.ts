@@ -41,7 +41,7 @@ const toWork = (bus: Bus, message: Msg): WorkMessage => {
     acceptedSeq: sourcedSequence(message),
     deliveries: Number(tokens[tokens.length < 11 ? 4 : 6]),
     body: message.string(),
-    // Nobody waits for it, and the server busy with it would be late with the reply that goes out with it.
+    // Nobody waits for it, and the server busy with it would be late with the end it republishes at that moment.
     ack: () => bus.publishSoon(message.reply!, '+ACK'),
     working: () => bus.publish(message.reply!, '+WPI'),
     later: (delayMs) => bus.publish(message.reply!, `-NAK {"delay":${Math.round(delayMs * 1_000_000)}}`),

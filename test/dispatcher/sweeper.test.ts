@@ -88,6 +88,19 @@ test('what a silent runner had is ended or put back; what a living one has goes 
   }
 })
 
+test('what is no event behind the start of a lost runner’s workload does not keep it from its end', async () => {
+  await using world = await makeWorld()
+  const { publish, bus } = world
+  const dispatcher = await world.dispatcher({ lostAfterMs: 800, sweepMs: 200 })
+  const id = await publish.accepted({}, { spec: { retry: { max_attempts: 1 } } })
+  await publish.started(id, 1, 'gone')
+  await bus.js.publish(`vulcan.events.${id}.completed`, 'nonsense')
+  await until('the end', async () => {
+    const { status, body } = await getJson(`${dispatcher.url}/v1/workloads/${id}`)
+    return status === 200 && body.status === 'failed' && body.cause === 'runner_lost'
+  })
+})
+
 test('a consumer counts as stuck while it delivers nothing that is asked for', () => {
   const look: Look = { pending: 5, waiting: 2, delivered: 7, wanted: true }
   assert.is(stuckSince(undefined, look, 10), undefined)

@@ -3,11 +3,12 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { kill } from '../../gateway/kill.ts'
-import { isEnd } from '../../shared/events.ts'
+import { type AcceptedEvent, isEnd } from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
+import { begin, finish, fold, toWorkload, type WorkloadRecord } from '../../shared/lifecycle.ts'
 import { lateSubject } from '../../shared/subjects.ts'
 import { EVENTS } from '../../shared/topology.ts'
-import { completed, startWorker, untilStopped } from '../runners/support.ts'
+import { completed, failed, startWorker, untilStopped } from '../runners/support.ts'
 import { ground, history, kindsOf, origin, seeded, submit, until, untilEnd } from '../shared/support.ts'
 
 const alive = () => false
@@ -53,6 +54,38 @@ test('killing what waits for its next attempt ends it; the attempt never comes',
   const ran = worker.runner.ran.length
   await delay(1_500)
   assert.is(worker.runner.ran.length, ran)
+})
+
+test('a kill between two attempts tells of the one before: when it started, how long it ran, where', async () => {
+  await using on = await ground()
+  await using worker = await startWorker(on, async () => {
+    await delay(50)
+    return failed('backend_unavailable')
+  })
+  const { id } = await submit(on.bus, { retry: { max_attempts: 20 } })
+  const events = await until('the second retry', async () => {
+    const events = await history(on.bus, id)
+    return events.length === 5 ? events : undefined
+  })
+  const end = (await kill(on.bus, id, alive, origin))!
+  const all = await history(on.bus, id)
+  const started = all.findLast(({ event }) => event.type === 'vulcan.workload.started')!.event
+  assert.is(end.data.started_at, started.time)
+  assert.is(end.data.runner, worker.id)
+  assert.ok(end.data.attempt >= 2)
+  assert.ok(end.data.duration_ms! >= 40)
+
+  // The fold says of the workload what the one who killed it was answered.
+  let record: WorkloadRecord | undefined
+  for (const { event, seq } of all) {
+    const folded = fold(record, event, seq)
+    assert.ok('record' in folded)
+    record = folded.record
+  }
+  const accepted = events[0]!.event as AcceptedEvent
+  const answered = finish(begin(accepted, events[0]!.seq), end, all.at(-1)!.seq)
+  assert.equal(toWorkload(record!), toWorkload(answered))
+  assert.ok(record!.queue_ms! > 0)
 })
 
 test('a running workload whose runner is gone is ended by the kill itself', async () => {

@@ -1,16 +1,28 @@
 // timeout: 120
 import type { IncomingMessage } from 'node:http'
+import { hostname } from 'node:os'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { announceUnavailable } from '../../runners/worker.ts'
+import { backendKey, Heartbeat } from '../../shared/backends.ts'
 import { problems } from '../../shared/errors.ts'
 import { eventJsonSchemas } from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
-import { acceptedSubject } from '../../shared/subjects.ts'
-import { completed, startWorker } from '../runners/support.ts'
+import { acceptedSubject, runnerSubject } from '../../shared/subjects.ts'
+import { Isolation } from '../../shared/workload.ts'
+import { capabilities, completed, startWorker } from '../runners/support.ts'
 import { acceptedEvent, ground, until } from '../shared/support.ts'
-import { call, type Json, post, site, startDispatcher, startGateway, untilKnown } from './support.ts'
+import {
+  backendOf,
+  call,
+  type Json,
+  post,
+  site,
+  startDispatcher,
+  startGateway,
+  untilKnown,
+} from './support.ts'
 
 test('before any runner came, every isolation is unavailable and says what would bring it', async () => {
   await using on = await ground()
@@ -38,7 +50,7 @@ test('runners are listed while they live, with capabilities; the isolation stays
   const first = await startWorker(on, () => completed(), { slots: 3 })
   await untilKnown(gateway)
   const second = await startWorker(on, () => completed(), { slots: 5 })
-  await until('both', () => gateway.roster.backend('isolate').runners.length === 2 || undefined)
+  await until('both', () => backendOf(gateway, 'isolate').runners.length === 2 || undefined)
   const isolate = async () => (await call(gateway, 'GET', '/v1/backends')).body.backends[0]
   const both = await isolate()
   assert.ok(both.available)
@@ -53,12 +65,9 @@ test('runners are listed while they live, with capabilities; the isolation stays
   )
   assert.is(both.runners[0].pid, process.pid)
   await first.stop()
-  await until('the first to leave', () => gateway.roster.backend('isolate').runners.length === 1 || undefined)
+  await until('the first to leave', () => backendOf(gateway, 'isolate').runners.length === 1 || undefined)
   await second.stop()
-  await until(
-    'the second to leave',
-    () => gateway.roster.backend('isolate').runners.length === 0 || undefined,
-  )
+  await until('the second to leave', () => backendOf(gateway, 'isolate').runners.length === 0 || undefined)
   assert.ok((await isolate()).available)
   await first[Symbol.asyncDispose]()
   await second[Symbol.asyncDispose]()
@@ -75,7 +84,7 @@ test('a host that cannot offer an isolation says why; one that can is used all t
     { available: false, reason: 'no engine', fix: 'bring one' },
     stop.signal,
   )
-  await until('the word', () => gateway.roster.backend('isolate').reason === 'no engine' || undefined)
+  await until('the word', () => backendOf(gateway, 'isolate').reason === 'no engine' || undefined)
   const { body } = await call(gateway, 'GET', '/v1/backends')
   assert.equal(
     [body.backends[0].available, body.backends[0].reason, body.backends[0].fix, body.backends[0].runners],
@@ -88,6 +97,83 @@ test('a host that cannot offer an isolation says why; one that can is used all t
   assert.is((await post(gateway, { code: 'x' })).body.output, 'yes')
   stop.abort()
   await told
+})
+
+/** What a host says of isolates, live or as its last word. */
+const word = (host: string, over: Partial<Heartbeat> = {}): Heartbeat => ({
+  runner: `isolate-${host}`,
+  isolation: 'isolate',
+  available: true,
+  reason: null,
+  fix: null,
+  capabilities: { ...capabilities, version: host },
+  slots: 1,
+  active: 0,
+  host,
+  pid: 1,
+  started_at: new Date().toISOString(),
+  leaving: false,
+  ...over,
+})
+const cannot = { available: false, reason: 'no engine', fix: 'bring one', capabilities: null }
+
+test('what one host cannot offer another still can, whoever said it last, also for a new gateway', async () => {
+  await using on = await ground()
+  const kv = await on.bus.backends(1)
+  const say = (beat: Heartbeat) => kv.put(backendKey(beat), JSON.stringify(beat))
+  await say(word('b', cannot))
+  await say(word('a'))
+  await say(word('c', cannot))
+  await using gateway = await startGateway(on)
+  await until('the word', () => gateway.roster.ability('isolate').available || undefined)
+  assert.is(gateway.roster.ability('isolate').capabilities!.version, 'a')
+  assert.is((await post(gateway, { code: 'x' }, {}, '/v1/workloads/async')).status, 202)
+
+  // The only one that could says that it no longer can.
+  await say(word('a', cannot))
+  await until('the change', () => !gateway.roster.ability('isolate').available || undefined)
+  assert.is(gateway.roster.ability('isolate').reason, 'no engine')
+  assert.is((await post(gateway, { code: 'x' })).status, 422)
+})
+
+test('a runner that lives is believed before the last word of a host; ability and backends say the same', async () => {
+  await using on = await ground()
+  const kv = await on.bus.backends(1)
+  const say = (beat: Heartbeat) => kv.put(backendKey(beat), JSON.stringify(beat))
+  await say(word('known'))
+  await using gateway = await startGateway(on)
+  await until('the word', () => gateway.roster.ability('isolate').available || undefined)
+  const same = () => {
+    const { isolation, available, reason, fix, capabilities } = gateway.roster.ability('isolate')
+    const { runners, ...backend } = backendOf(gateway, 'isolate')
+    assert.equal(backend, { isolation, available, reason, fix, capabilities })
+    return { runners: runners.length, version: capabilities?.version }
+  }
+  assert.equal(same(), { runners: 0, version: 'known' })
+  on.bus.send(runnerSubject('isolate-0'), JSON.stringify(word('broken', { ...cannot, runner: 'isolate-0' })))
+  on.bus.send(runnerSubject('isolate-live'), JSON.stringify(word('live')))
+  await until('the heartbeat', () => same().runners === 1 || undefined)
+  assert.equal(same(), { runners: 1, version: 'live' })
+  on.bus.send(runnerSubject('isolate-live'), JSON.stringify(word('live', { leaving: true })))
+  await until('the leave', () => same().runners === 0 || undefined)
+  assert.equal(same(), { runners: 0, version: 'known' })
+  assert.equal(
+    gateway.roster.backends().map(({ isolation }) => isolation),
+    Isolation.options,
+  )
+})
+
+test('a runner’s last word is kept for its host, and that of a host that cannot leaves it alone', async () => {
+  await using on = await ground()
+  const worker = await startWorker(on, () => completed())
+  await worker.stop()
+  await worker[Symbol.asyncDispose]()
+  const kv = await on.bus.backends(1)
+  const own = backendKey({ isolation: 'isolate', host: hostname() })
+  assert.ok(Heartbeat.parse((await kv.get(own))!.json()).available)
+  await kv.put(backendKey(word('other')), JSON.stringify(word('other', cannot)))
+  await using gateway = await startGateway(on)
+  await until('the words', () => gateway.roster.ability('isolate').available || undefined)
 })
 
 test('reads go to the dispatcher as they came, and its answers back as they are', async () => {

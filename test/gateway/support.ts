@@ -8,9 +8,11 @@ import { gatewayApp } from '../../gateway/app.ts'
 import { readsFrom } from '../../gateway/reads.ts'
 import { openRoster, type Roster } from '../../gateway/roster.ts'
 import { Waits } from '../../gateway/waits.ts'
+import type { Backend } from '../../shared/backends.ts'
 import { Blobs } from '../../shared/blobs.ts'
 import { Bus } from '../../shared/bus.ts'
 import { newProcessId } from '../../shared/ids.ts'
+import type { Isolation } from '../../shared/workload.ts'
 import { type Code, completed, startWorker, type Worker } from '../runners/support.ts'
 import { type Ground, ground, until } from '../shared/support.ts'
 
@@ -37,7 +39,7 @@ export async function startGateway(on: Ground, options: GatewayOptions = {}): Pr
   const id = newProcessId('gateway')
   const bus = await Bus.connect({ url: on.nats.url, name: id })
   const roster = await openRoster(bus, 1)
-  const waits = new Waits(bus, id)
+  const waits = new Waits(bus)
   const app = gatewayApp({
     bus,
     blobs: await Blobs.open(bus, 1),
@@ -107,8 +109,12 @@ export async function site(
   return { on, gateway, worker, [Symbol.asyncDispose]: () => resources.disposeAsync() }
 }
 
+/** A backend as `/v1/backends` lists it. */
+export const backendOf = ({ roster }: Gateway, isolation: Isolation): Backend =>
+  roster.backends().find((backend) => backend.isolation === isolation)!
+
 export const untilKnown = (gateway: Gateway) =>
-  until('a runner', () => gateway.roster.backend('isolate').runners.length > 0 || undefined)
+  until('a runner', () => backendOf(gateway, 'isolate').runners.length > 0 || undefined)
 
 // biome-ignore lint/suspicious/noExplicitAny: answers are looked into field by field.
 export type Json = any

@@ -106,6 +106,24 @@ test('what is dropped after the last batch went out is told in one of its own', 
   assert.equal(batches.at(-1), { n: 2, texts: [], dropped: 1 })
 })
 
+test('each batch tells how many lines have been dropped so far, in all', async () => {
+  const { logbook, batches } = book({ lines: 10_000, bytes: 1_200 })
+  const long = 'x'.repeat(800)
+  logbook.write(line('a'))
+  await delay(60)
+  logbook.write(line(long))
+  logbook.write(line(long))
+  await delay(60)
+  logbook.write(line('b'))
+  logbook.write(line(long))
+  logbook.close()
+  await logbook.flushed()
+  assert.equal(
+    batches.map(({ dropped }) => dropped),
+    [0, 1, 2],
+  )
+})
+
 test('bytes over the limit are dropped', () => {
   const { logbook } = book({ lines: 10_000, bytes: 10_000 })
   for (let i = 0; i < 100; i++) logbook.write(line('x'.repeat(1_000)))

@@ -1,21 +1,37 @@
 // timeout: 170
 import { setTimeout as delay } from 'node:timers/promises'
+import pino from 'pino'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { Heartbeat } from '../../shared/backends.ts'
-import type { Bus } from '../../shared/bus.ts'
-import type { EndEvent, LogEvent } from '../../shared/events.ts'
-import { sha256Hex } from '../../shared/ids.ts'
+import { backendKey, Heartbeat } from '../../shared/backends.ts'
+import { Bus } from '../../shared/bus.ts'
+import { type EndEvent, type LogEvent, makeEvent } from '../../shared/events.ts'
+import { newWorkloadId, sha256Hex } from '../../shared/ids.ts'
 import {
+  acceptedSubject,
   allRunners,
   controlSubject,
+  eventSubject,
   lateSubject,
+  lifecycleSubjects,
   logSubject,
-  replySubject,
   rollCallSubject,
+  storedEnds,
 } from '../../shared/subjects.ts'
-import { EVENTS, LOGS, WORK } from '../../shared/topology.ts'
-import { type Ground, ground, history, kindsOf, submit, until, untilEnd } from '../shared/support.ts'
+import { EVENTS, LOGS, recreateConsumer, WORK } from '../../shared/topology.ts'
+import {
+  acceptedEvent,
+  bareEnd,
+  fill,
+  type Ground,
+  ground,
+  history,
+  kindsOf,
+  origin,
+  submit,
+  until,
+  untilEnd,
+} from '../shared/support.ts'
 import { type Code, completed, failed, line, startWorker, untilStopped } from './support.ts'
 
 const queued = async (bus: Bus) => (await bus.jsm.streams.info(WORK)).state.messages
@@ -36,10 +52,10 @@ async function stored<T>(bus: Bus, stream: string, subject: string): Promise<T[]
   }
 }
 
-/** Replies that arrive for one gateway, from now on. */
-async function replies(on: Ground, gateway: string): Promise<EndEvent[]> {
+/** Ends that the server sends on, from now on. */
+async function heardEnds(on: Ground): Promise<EndEvent[]> {
   const got: EndEvent[] = []
-  on.bus.listen(`vulcan.reply.${gateway}.*`, (message) => got.push(message.json()))
+  for (const subject of storedEnds) on.bus.listen(subject, (message) => got.push(message.json()))
   await on.bus.flush()
   return got
 }
@@ -78,22 +94,23 @@ test('started is stored before the code runs', async () => {
   assert.equal(seen, [['accepted', 'started']])
 })
 
-test('the end is stored before the reply is sent', async () => {
+test('the end is stored before anybody hears of it', async () => {
   await using on = await ground()
-  const atReply: string[][] = []
-  on.bus.listen('vulcan.reply.gateway-1.*', async (message) => {
-    atReply.push(kindsOf(await history(on.bus, message.json<EndEvent>().subject)))
-  })
+  const atWord: string[][] = []
+  for (const subject of storedEnds)
+    on.bus.listen(subject, async (message) => {
+      atWord.push(kindsOf(await history(on.bus, message.json<EndEvent>().subject)))
+    })
   await using _ = await startWorker(on, () => completed(7))
-  const { id } = await submit(on.bus, {}, { replyTo: 'gateway-1' })
-  await until('the reply', () => atReply.length > 0 || undefined)
-  assert.equal(atReply, [['accepted', 'started', 'completed']])
+  const { id } = await submit(on.bus)
+  await until('the word', () => atWord.length > 0 || undefined)
+  assert.equal(atWord, [['accepted', 'started', 'completed']])
   assert.is((await untilEnd(on.bus, id)).data.output, 7)
 })
 
-test('while the end cannot be stored there is neither reply nor acknowledgement', async () => {
+test('while the end cannot be stored there is neither word of it nor acknowledgement', async () => {
   await using on = await ground()
-  const got = await replies(on, 'gateway-1')
+  const got = await heardEnds(on)
   const { config } = await on.bus.jsm.streams.info(EVENTS)
   let ran = false
   await using _ = await startWorker(on, async () => {
@@ -106,7 +123,7 @@ test('while the end cannot be stored there is neither reply nor acknowledgement'
     ran = true
     return completed()
   })
-  const { id } = await submit(on.bus, {}, { replyTo: 'gateway-1' })
+  const { id } = await submit(on.bus)
   await until('the run', () => ran || undefined)
   await delay(500)
   assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started'])
@@ -114,15 +131,15 @@ test('while the end cannot be stored there is neither reply nor acknowledgement'
   assert.is(await queued(on.bus), 1)
   await on.bus.jsm.streams.update(EVENTS, config)
   await untilAcked(on.bus)
-  await until('the reply', () => got.length === 1 || undefined)
+  await until('the word', () => got.length === 1 || undefined)
   assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started', 'completed'])
 })
 
-test('a redelivered workload that has ended is answered and acknowledged, not run again', async () => {
+test('a redelivered workload that has ended is acknowledged, not run again; its end was told once', async () => {
   await using on = await ground({ ackWaitMs: 1_000 })
-  const got = await replies(on, 'gateway-1')
+  const got = await heardEnds(on)
   const dead = await startWorker(on, never)
-  const { id } = await submit(on.bus, {}, { replyTo: 'gateway-1' })
+  const { id } = await submit(on.bus)
   await until('the start', () => dead.runner.ran.length === 1 || undefined)
   await dead.die()
   // Its end was stored, its acknowledgement lost.
@@ -140,17 +157,19 @@ test('a redelivered workload that has ended is answered and acknowledged, not ru
   await using worker = await startWorker(on, () => completed(2))
   await untilAcked(on.bus)
   assert.is(worker.runner.prepared, 0)
-  await until('the reply', () => got.length > 0 || undefined)
+  await until('the word', () => got.length > 0 || undefined)
   assert.is(got[0]!.data.output, 1)
+  await on.bus.flush()
+  assert.is(got.length, 1)
   assert.is((await history(on.bus, id)).length, 3)
   await dead[Symbol.asyncDispose]()
 })
 
 test('when a runner dies, another records the retry and runs attempt 2', async () => {
   await using on = await ground({ ackWaitMs: 1_000 })
-  const got = await replies(on, 'gateway-1')
+  const got = await heardEnds(on)
   await using dead = await startWorker(on, never)
-  const { id } = await submit(on.bus, {}, { replyTo: 'gateway-1' })
+  const { id } = await submit(on.bus)
   await until('the start', () => dead.runner.ran.length === 1 || undefined)
   await using worker = await startWorker(on, () => completed('second'))
   await dead.die()
@@ -165,7 +184,8 @@ test('when a runner dies, another records the retry and runs attempt 2', async (
   assert.is(end.data.runner, worker.id)
   assert.is(worker.runner.ran[0]!.attempt, 2)
   await untilAcked(on.bus)
-  await until('the reply', () => got.length > 0 || undefined)
+  await until('the word', () => got.length > 0 || undefined)
+  assert.is(got[0]!.data.output, 'second')
 })
 
 test('when a runner dies in the last attempt, it ends as failed, runner_lost, without running', async () => {
@@ -568,7 +588,7 @@ test('code and input from a blob reach the runner whole', async () => {
   await using worker = await startWorker(on, (job) => completed(JSON.parse(job.input!).length))
   const code = `// ${'c'.repeat(700_000)}`
   const payload = await on.blobs.put(Buffer.from(JSON.stringify({ code, input: 'i'.repeat(800_000) })))
-  const { id } = await submit(on.bus, {}, { over: { payload } })
+  const { id } = await submit(on.bus, {}, { payload })
   assert.is((await untilEnd(on.bus, id)).data.output, 800_000)
   assert.is(worker.runner.ran[0]!.code, code)
   assert.is(worker.runner.ran[0]!.codeSha256, sha256Hex(code))
@@ -587,7 +607,7 @@ for (const [what, spoil] of [
     const payload = await on.blobs.put(Buffer.from(JSON.stringify({ code: 'x'.repeat(400_000) })))
     await spoil(on)
     await using worker = await startWorker(on, () => completed())
-    const { id } = await submit(on.bus, {}, { over: { payload } })
+    const { id } = await submit(on.bus, {}, { payload })
     const end = await untilEnd(on.bus, id)
     assert.is(end.type, 'vulcan.workload.failed')
     assert.is(end.data.cause, 'internal')
@@ -596,15 +616,54 @@ for (const [what, spoil] of [
     await untilAcked(on.bus)
   })
 
-test('a queued message that is no accepted event is dropped', async () => {
-  await using on = await ground()
-  await using worker = await startWorker(on, () => completed())
-  await on.bus.js.publish('vulcan.events.x.accepted.isolate.any', 'nonsense')
-  await on.bus.js.publish('vulcan.events.y.accepted.isolate.any', '{"type":"vulcan.workload.accepted"}')
+test('a queued message that is no accepted event is dropped with a warning; nothing is recorded for it', async () => {
+  await using on = await ground({ ackWaitMs: 1_000 })
+  const warnings: { workload: string }[] = []
+  const log = pino({ level: 'warn' }, { write: (line) => warnings.push(JSON.parse(line)) })
+  const victim = acceptedEvent({}, newWorkloadId(), { isolation: 'docker' })
+  const { stored } = await on.bus.publishEvent(acceptedSubject(victim.subject, 'docker'), victim, 0)
+  assert.ok(stored)
+
+  const without = (...fields: string[]) => {
+    const event = acceptedEvent()
+    for (const field of fields) delete (event.data.spec as Record<string, unknown>)[field]
+    return event
+  }
+  const bodies: [id: string, body: string][] = [
+    'nonsense',
+    'null',
+    '[]',
+    '17',
+    '"text"',
+    '{"type":"vulcan.workload.accepted"}',
+    JSON.stringify(victim),
+  ].map((body) => [newWorkloadId(), body])
+  for (const event of [without('limits'), without('retry'), without('limits', 'retry', 'env')])
+    bodies.push([event.subject, JSON.stringify(event)])
+  const started = acceptedEvent()
+  const other = makeEvent('started', started.subject, 1, { attempt: 1, runner: 'r' }, origin)
+  bodies.push([started.subject, JSON.stringify(other)])
+  bodies.push(['x', 'nonsense'])
+  const places = new Map<string, number>()
+  for (const [id, body] of bodies)
+    places.set(id, (await on.bus.js.publish(`vulcan.events.${id}.accepted.isolate.any`, body)).seq)
+
+  await using worker = await startWorker(on, () => completed(), { log })
   const { id } = await submit(on.bus)
   await untilEnd(on.bus, id)
-  await untilAcked(on.bus)
-  assert.is(worker.runner.ran.length, 1)
+  await until('all but the victim', async () => (await queued(on.bus)) === 1 || undefined)
+  // Had one come back, it would have by now.
+  await delay(1_500)
+  const { delivered } = await on.bus.jsm.consumers.info(WORK, 'isolate')
+  assert.is(delivered.consumer_seq, bodies.length + 1, 'each was delivered once')
+  assert.equal(warnings.map(({ workload }) => workload).sort(), bodies.map(([id]) => id).sort())
+  assert.equal(
+    worker.runner.ran.map((job) => job.id),
+    [id],
+  )
+  for (const [id, seq] of places) assert.is(await on.bus.lastSequence(EVENTS, lifecycleSubjects(id)), seq, id)
+  assert.equal(kindsOf(await history(on.bus, victim.subject)), ['accepted'])
+  assert.is(await on.bus.lastSequence(EVENTS, lateSubject(victim.subject)), 0)
 })
 
 test('a runner that throws where it must not is taken for lost, and the workload goes on', async () => {
@@ -665,23 +724,225 @@ test('a runner says what it is: at its start, when asked, and when it leaves', a
   await on.bus.ask(controlSubject(worker.runner.ran[0]!.id), '{"action":"kill"}', 1_000)
   await worker.stop()
   await until('the last', () => beats.at(-1)!.leaving || undefined)
-  const known = await (await on.bus.backends(1)).get('isolate')
+  const known = await (await on.bus.backends(1)).get(backendKey(beats[0]!))
   assert.ok(Heartbeat.parse(known!.json()).available)
   await worker[Symbol.asyncDispose]()
 })
 
-test('the reply goes to the gateway that the message names, and to none where it names none', async () => {
+test('an end is heard once by everybody who listens, whoever asked for the workload', async () => {
   await using on = await ground()
-  const got: string[] = []
-  on.bus.listen('vulcan.reply.>', (message) => got.push(message.subject))
-  await using _ = await startWorker(on, () => completed())
-  const asked = await submit(on.bus, {}, { replyTo: 'gateway-7' })
-  const silent = await submit(on.bus)
-  await untilEnd(on.bus, asked.id)
-  await untilEnd(on.bus, silent.id)
+  await using other = await Bus.connect({ url: on.nats.url, name: 'other' })
+  const heard: string[][] = [[], []]
+  for (const [i, bus] of [on.bus, other].entries()) {
+    for (const subject of storedEnds) bus.listen(subject, (message) => heard[i]!.push(message.subject))
+    await bus.flush()
+  }
+  await using _ = await startWorker(on, (job) => (job.code === 'bad' ? failed('user_error') : completed()))
+  const good = await submit(on.bus)
+  const bad = await submit(on.bus, { code: 'bad' })
+  await untilEnd(on.bus, good.id)
+  await untilEnd(on.bus, bad.id)
   await untilAcked(on.bus)
   await delay(100)
-  assert.equal(got, [replySubject('gateway-7', asked.id)])
+  const expected = [`vulcan.stored.${good.id}.completed`, `vulcan.stored.${bad.id}.failed`].sort()
+  assert.equal(
+    heard.map((subjects) => subjects.sort()),
+    [expected, expected],
+  )
+})
+
+for (const [who, slots] of [
+  ['another runner', 1],
+  ['the same runner', 4],
+] as const)
+  test(`when the consumer is made anew, ${who} gets what still runs, and leaves it alone`, async () => {
+    await using on = await ground({ ackWaitMs: 1_000 })
+    let finish = () => {}
+    const wait: Code = async (job) => {
+      await new Promise<void>((resolve) => {
+        finish = resolve
+      })
+      return completed(job.attempt)
+    }
+    await using holder = await startWorker(on, wait, { slots })
+    const { id } = await submit(on.bus)
+    await until('the start', () => holder.runner.ran.length === 1 || undefined)
+    await using other = slots === 1 ? await startWorker(on, wait) : undefined
+    await recreateConsumer(on.bus.jsm, on.topology, 'isolate')
+    await until('the redelivery', async () => {
+      const { delivered } = await on.bus.jsm.consumers.info(WORK, 'isolate')
+      return delivered.consumer_seq > 0 || undefined
+    })
+    // Long enough for the question, and for the message to come back once more.
+    await delay(1_800)
+    finish()
+    assert.is((await untilEnd(on.bus, id)).data.output, 1)
+    await untilAcked(on.bus)
+    assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started', 'completed'])
+    assert.is(holder.runner.ran.length + (other?.runner.ran.length ?? 0), 1)
+  })
+
+test('a runner says that it has a workload for the attempt that runs there alone', async () => {
+  await using on = await ground()
+  await using worker = await startWorker(on, never)
+  const { id } = await submit(on.bus)
+  await until('the start', () => worker.runner.ran.length === 1 || undefined)
+  const ask = (request: unknown) => on.bus.ask(controlSubject(id), JSON.stringify(request), 300)
+  assert.ok(await ask({ action: 'have', attempt: 1 }))
+  for (const request of [{ action: 'have', attempt: 2 }, { action: 'have' }, { action: 'what' }, null])
+    assert.is(await ask(request), undefined, JSON.stringify(request))
+  assert.is(worker.runner.ran.length, 1)
+})
+
+test('told to stop while an attempt is over its time, a runner does not begin the next', async () => {
+  await using on = await ground()
+  let die: (() => void) | undefined
+  const first = await startWorker(on, async (_, signal) => {
+    const outcome = await untilStopped(signal)
+    await new Promise<void>((resolve) => {
+      die = resolve
+    })
+    return outcome
+  })
+  const { id } = await submit(on.bus, {
+    limits: { timeout_s: 0.2 },
+    retry: { on: ['timeout'], backoff: 'none' },
+  })
+  await until('the timeout', () => die)
+  const stopping = first.stop()
+  // Longer than what runs is given to end by itself.
+  await delay(5_300)
+  die!()
+  await stopping
+  assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started', 'retrying'])
+  assert.is(first.runner.ran.length, 1)
+  await first[Symbol.asyncDispose]()
+})
+
+test('a kill that comes while an attempt is over its time holds for the next', async () => {
+  await using on = await ground()
+  let die: (() => void) | undefined
+  await using worker = await startWorker(on, async (_, signal) => {
+    const outcome = await untilStopped(signal)
+    await new Promise<void>((resolve) => {
+      die = resolve
+    })
+    return outcome
+  })
+  const { id } = await submit(on.bus, {
+    limits: { timeout_s: 0.2 },
+    retry: { on: ['timeout'], backoff: 'none' },
+  })
+  await until('the timeout', () => die)
+  assert.ok(await on.bus.ask(controlSubject(id), '{"action":"kill"}', 2_000))
+  die!()
+  assert.is((await untilEnd(on.bus, id)).data.cause, 'killed')
+  assert.is(worker.runner.ran.length, 1)
+})
+
+test('garbage on a workload’s subjects, before and while it runs, costs it nothing', async () => {
+  await using on = await ground()
+  const garbage: number[] = []
+  const spoil = async (id: string, kind: 'started' | 'completed') => {
+    garbage.push((await on.bus.js.publish(eventSubject(id, kind), 'nonsense')).seq)
+  }
+  const { id } = await submit(on.bus)
+  await spoil(id, 'completed')
+  await using worker = await startWorker(on, async (job) => {
+    await spoil(job.id, 'started')
+    await spoil(job.id, 'completed')
+    return completed(job.attempt)
+  })
+  assert.is((await untilEnd(on.bus, id)).data.output, 1)
+  await untilAcked(on.bus)
+  for (const seq of garbage) await on.bus.jsm.streams.deleteMessage(EVENTS, seq)
+  assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started', 'completed'])
+  assert.is(await on.bus.lastSequence(EVENTS, lateSubject(id)), 0)
+  assert.is(worker.runner.ran.length, 1)
+})
+
+test('garbage behind an end does not bring the workload back', async () => {
+  await using on = await ground({ ackWaitMs: 1_000 })
+  const { id, seq } = await submit(on.bus)
+  const end = bareEnd('killed', id, { attempt: 0, runner: null, cause: 'killed' })
+  assert.ok((await on.bus.settleEvent(eventSubject(id, 'killed'), end, seq)).stored)
+  await on.bus.js.publish(eventSubject(id, 'started'), 'nonsense')
+  await using worker = await startWorker(on, () => completed())
+  await untilAcked(on.bus)
+  assert.is(worker.runner.ran.length, 0)
+})
+
+for (const deliveries of [1, 2])
+  test(`a workload whose events are gone at delivery ${deliveries} ends as failed, without running`, async () => {
+    await using on = await ground({ ackWaitMs: 1_000 })
+    const { id } = await submit(on.bus)
+    await until('the queue', async () => (await queued(on.bus)) === 1 || undefined)
+    if (deliveries === 2) {
+      const consumer = await on.bus.js.consumers.get(WORK, 'isolate')
+      assert.ok(await consumer.next({ expires: 2_000 }))
+    }
+    await on.bus.jsm.streams.purge(EVENTS)
+    await using worker = await startWorker(on, () => completed())
+    const end = await untilEnd(on.bus, id)
+    assert.is(end.type, 'vulcan.workload.failed')
+    assert.is(end.data.cause, 'internal')
+    assert.match(end.data.error!.message, 'no longer in the stream')
+    await untilAcked(on.bus)
+    assert.is(worker.runner.ran.length, 0)
+    assert.equal(kindsOf(await history(on.bus, id)), ['failed'])
+  })
+
+for (const [what, stream, spare, size] of [
+  ['in the event', EVENTS, 20_000, 100_000],
+  ['in a blob', 'OBJ_vulcan_blobs', 50_000, 700_000],
+] as const)
+  test(`a completion with its output ${what} that finds no room ends as failed, disk_full, after a while`, async () => {
+    await using on = await ground()
+    let filledAt = 0
+    await using worker = await startWorker(
+      on,
+      async () => {
+        await fill(on.bus, stream, spare)
+        filledAt = performance.now()
+        return completed('x'.repeat(size))
+      },
+      { fullMs: 700 },
+    )
+    const { id } = await submit(on.bus)
+    const end = await untilEnd(on.bus, id)
+    assert.ok(performance.now() - filledAt >= 690, 'not before its time')
+    assert.is(end.type, 'vulcan.workload.failed')
+    assert.is(end.data.cause, 'disk_full')
+    assert.match(end.data.error!.message, `${size + '""'.length} bytes`)
+    assert.is(end.data.output_blob, null)
+    assert.is(end.data.receipt!.runner, worker.id)
+    await untilAcked(on.bus)
+    assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started', 'failed'])
+    assert.is(worker.runner.ran.length, 1)
+  })
+
+test('where there is room for no end at all, storing one is tried on', async () => {
+  await using on = await ground()
+  let undo: (() => Promise<unknown>) | undefined
+  await using worker = await startWorker(
+    on,
+    async () => {
+      undo = await fill(on.bus, EVENTS)
+      return completed('x'.repeat(1_000))
+    },
+    { fullMs: 300 },
+  )
+  const { id } = await submit(on.bus)
+  await until('the run', () => undo)
+  await delay(2_500)
+  assert.equal(kindsOf(await history(on.bus, id)), ['accepted', 'started'])
+  assert.is(await queued(on.bus), 1)
+  await undo!()
+  const end = await untilEnd(on.bus, id)
+  assert.ok(end.type === 'vulcan.workload.completed' || end.data.cause === 'disk_full')
+  await untilAcked(on.bus)
+  assert.is((await history(on.bus, id)).length, 3)
+  assert.is(worker.runner.ran.length, 1)
 })
 
 test.run()

@@ -4,10 +4,10 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { BlobCorrupt, Blobs } from '../../shared/blobs.ts'
 import { Bus } from '../../shared/bus.ts'
-import { BusUnavailable } from '../../shared/errors.ts'
+import { BusUnavailable, StreamFull } from '../../shared/errors.ts'
 import { digestOf } from '../../shared/ids.ts'
 import { BLOBS } from '../../shared/topology.ts'
-import { ground, until } from './support.ts'
+import { fill, ground, until } from './support.ts'
 
 const stream = `OBJ_${BLOBS}`
 const bytesStored = async (bus: Bus) => (await bus.jsm.streams.info(stream)).state.bytes
@@ -128,6 +128,16 @@ test('while the server is down every use is BusUnavailable; afterwards all is th
   await on.bus.whenConnected()
   const back = await until('the bytes', () => on.blobs.get(blob).catch(() => undefined))
   assert.is(Buffer.compare(back, bytes), 0)
+})
+
+test('where there is no room a put says so, and goes through once there is', async () => {
+  await using on = await ground()
+  const bytes = Buffer.alloc(300_000, 'x')
+  const undo = await fill(on.bus, stream, 50_000)
+  assert.instance(await rejection(on.blobs.put(bytes)), StreamFull)
+  await undo()
+  const { blob } = await on.blobs.put(bytes)
+  assert.is((await on.blobs.get(blob))?.byteLength, 300_000)
 })
 
 test.run()

@@ -9,7 +9,7 @@ import { newWorkloadId } from '../../shared/ids.ts'
 import { acceptedSubject, eventSubject, logSubject } from '../../shared/subjects.ts'
 import { EVENTS, ensureTopology, LOGS, TopologyOptions } from '../../shared/topology.ts'
 import { startNats } from '../nats.ts'
-import { acceptedEvent, ground, history, kindsOf, origin, submit, until } from './support.ts'
+import { acceptedEvent, fill, ground, history, kindsOf, origin, submit, until } from './support.ts'
 
 const started = (id: string, attempt = 1, source = origin.source): LifecycleEvent =>
   makeEvent('started', id, attempt, { attempt, runner: 'r1' }, { source })
@@ -98,6 +98,55 @@ test('settling what another has overtaken tells what stands', async () => {
   const settled = await on.bus.settleEvent(eventSubject(id, 'started'), started(id), seq)
   assert.not(settled.stored)
   assert.is(settled.stored === false && settled.last?.event.type, 'vulcan.workload.killed')
+})
+
+for (const garbage of ['nonsense', '{}', '{"type":"vulcan.workload.completed"}'])
+  test(`what is no event (${garbage}) moves no workload: settling goes through behind it`, async () => {
+    await using on = await ground()
+    const { id, seq } = await submit(on.bus)
+    const { seq: place } = await on.bus.js.publish(eventSubject(id, 'completed'), garbage)
+    assert.is((await on.bus.lastEvent(id))!.event.type, 'vulcan.workload.accepted')
+    assert.is((await on.bus.lastEvent(id))!.seq, place, 'what the next publish must expect')
+    assert.is((await on.bus.acceptedEvent(id))!.seq, seq)
+    const stored = await on.bus.settleEvent(eventSubject(id, 'started'), started(id), seq)
+    assert.ok(stored.stored)
+    assert.is((await on.bus.startedEvent(id))!.seq, stored.seq)
+
+    await on.bus.js.publish(`vulcan.events.${id}.nonsense`, garbage)
+    const end = killed(id)
+    const first = await on.bus.settleEvent(eventSubject(id, 'killed'), end, stored.seq)
+    assert.ok(first.stored)
+    await on.bus.js.publish(eventSubject(id, 'killed'), garbage)
+    assert.ok(
+      (await on.bus.settleEvent(eventSubject(id, 'killed'), end, stored.seq)).stored,
+      'the same again',
+    )
+    const late = await on.bus.settleEvent(eventSubject(id, 'started'), started(id, 2), stored.seq)
+    assert.is(late.stored === false && late.last?.event.type, 'vulcan.workload.killed')
+  })
+
+test('an event on another workload’s or kind’s subject is none', async () => {
+  await using on = await ground()
+  const one = await submit(on.bus)
+  const other = await submit(on.bus)
+  await on.bus.js.publish(eventSubject(one.id, 'killed'), JSON.stringify(killed(other.id)))
+  await on.bus.js.publish(eventSubject(one.id, 'failed'), JSON.stringify(killed(one.id)))
+  assert.is((await on.bus.lastEvent(one.id))!.event.type, 'vulcan.workload.accepted')
+})
+
+test('where nothing but what is no event is left, there is no last event, and settling from 0 goes through', async () => {
+  await using on = await ground()
+  const { id, seq } = await submit(on.bus)
+  await on.bus.jsm.streams.purge(EVENTS)
+  await on.bus.js.publish(eventSubject(id, 'started'), 'nonsense')
+  assert.is(await on.bus.lastEvent(id), undefined)
+  assert.is(await on.bus.acceptedEvent(id), undefined)
+  assert.ok((await on.bus.settleEvent(eventSubject(id, 'killed'), killed(id), 0)).stored)
+  await on.bus.jsm.streams.purge(EVENTS)
+  assert.equal(await on.bus.settleEvent(eventSubject(id, 'started'), started(id), seq), {
+    stored: false,
+    last: undefined,
+  })
 })
 
 test('settling the same event again says that it is stored, where it is', async () => {
@@ -191,6 +240,34 @@ test('a full stream that may not drop the old says StreamFull, and settling goes
   assert.is((await history(on.bus, id)).length, 1)
   await on.bus.jsm.streams.update(EVENTS, config)
   assert.ok((await settling).stored)
+})
+
+test('settling gives up after the time for which there may be no room, not before', async () => {
+  await using on = await ground()
+  const { id, seq } = await submit(on.bus)
+  const undo = await fill(on.bus, EVENTS)
+  const begun = performance.now()
+  const error = await rejection(
+    on.bus.settleEvent(eventSubject(id, 'started'), started(id), seq, undefined, 500),
+  )
+  assert.instance(error, StreamFull)
+  assert.ok(performance.now() - begun >= 490)
+  await undo()
+  assert.ok((await on.bus.settleEvent(eventSubject(id, 'started'), started(id), seq, undefined, 0)).stored)
+})
+
+test('what is published soon leaves by itself in order, together, or with the next flush', async () => {
+  await using on = await ground()
+  const got: string[] = []
+  on.bus.listen('test.*', (message) => got.push(message.string()))
+  await on.bus.flush()
+  for (let i = 0; i < 10; i++) on.bus.publishSoon('test.x', String(i))
+  on.bus.publish('test.x', 'now')
+  await until('all', () => got.length === 11 || undefined)
+  assert.equal(got, ['now', ...Array.from({ length: 10 }, (_, i) => String(i))])
+  on.bus.publishSoon('test.x', 'flushed')
+  await on.bus.flush()
+  assert.is(got.at(-1), 'flushed')
 })
 
 test('what is larger than a message is refused by itself; what was published beside it arrives', async () => {

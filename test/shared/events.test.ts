@@ -2,6 +2,7 @@ import { Ajv2020 } from 'ajv/dist/2020.js'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import {
+  type AcceptedEvent,
   type AnyEvent,
   eventJsonSchemas,
   eventSchemas,
@@ -10,6 +11,7 @@ import {
   makeEvent,
 } from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
+import { WorkloadSpec } from '../../shared/workload.ts'
 import { acceptedEvent } from './support.ts'
 
 const id = newWorkloadId()
@@ -149,6 +151,75 @@ for (const kind of Object.keys(eventSchemas)) {
     assert.ok(eventSchemas[kind as keyof typeof eventSchemas].safeParse(later).success)
   })
 }
+
+/** Every object in a value, with what makes another value in which that object is replaced. */
+function* objectsIn(
+  value: unknown,
+  replace: (part: unknown) => unknown = (part) => part,
+): Generator<{
+  object: Record<string, unknown>
+  replace(part: unknown): unknown
+}> {
+  if (value === null || typeof value !== 'object') return
+  if (!Array.isArray(value)) yield { object: value as Record<string, unknown>, replace }
+  for (const [key, part] of Object.entries(value))
+    yield* objectsIn(part, (other) =>
+      replace(
+        Array.isArray(value)
+          ? value.map((one, i) => (String(i) === key ? other : one))
+          : { ...value, [key]: other },
+      ),
+    )
+}
+
+test('a field may be added at any depth of any event, but for maps of names, which hold texts', () => {
+  let objects = 0
+  for (const [kind, events] of Object.entries(examples))
+    for (const event of events)
+      for (const { object, replace } of objectsIn(overTheWire(event))) {
+        if (Object.keys(object).length === 0 || 'team' in object) continue
+        objects++
+        const later = replace({ ...object, later: { a: 1 } })
+        const validate = validator(kind)
+        assert.ok(validate(later), `${kind} ${Object.keys(object)}: ${JSON.stringify(validate.errors)}`)
+        const parsed = eventSchemas[kind as keyof typeof eventSchemas].safeParse(later)
+        assert.ok(parsed.success, `${kind} ${Object.keys(object)}`)
+        assert.equal(parsed.data, later, 'and it is kept')
+      }
+  assert.ok(objects > 40, String(objects))
+})
+
+test('the spec in an event has every default filled in: without one it is no event', () => {
+  const [whole] = examples.accepted as [AcceptedEvent]
+  const wire = overTheWire(whole)
+  for (const field of ['isolation', 'env', 'secrets', 'limits', 'network', 'retry', 'labels']) {
+    const { [field]: _, ...spec } = wire.data.spec
+    const bent = { ...wire, data: { ...wire.data, spec } }
+    assert.not(eventSchemas.accepted.safeParse(bent).success, field)
+    assert.not(validator('accepted')(bent), field)
+  }
+  for (const field of ['limits', 'retry'])
+    assert.not(
+      eventSchemas.accepted.safeParse({
+        ...wire,
+        data: { ...wire.data, spec: { ...wire.data.spec, [field]: {} } },
+      }).success,
+      field,
+    )
+})
+
+test('what a client posts stays closed: an unknown field is refused at any depth', () => {
+  const spec = { code: 'x', limits: {}, retry: {}, network: {} }
+  assert.ok(WorkloadSpec.safeParse(spec).success)
+  for (const bent of [
+    { ...spec, later: 1 },
+    { ...spec, limits: { later: 1 } },
+    { ...spec, retry: { later: 1 } },
+    { ...spec, network: { later: 1 } },
+    { archive: { blob: digest, later: 1 } },
+  ])
+    assert.not(WorkloadSpec.safeParse(bent).success, JSON.stringify(bent))
+})
 
 test('the same step has the same event id, whoever publishes it', () => {
   const one = makeEvent('started', id, 2, { attempt: 2, runner: 'a' }, { source: '/a' })

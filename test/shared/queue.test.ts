@@ -2,7 +2,7 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { Bus, replyHeader } from '../../shared/bus.ts'
+import { Bus } from '../../shared/bus.ts'
 import { pullWork, type WorkMessage, type WorkPuller } from '../../shared/queue.ts'
 import { ensureTopology, recreateConsumer, WORK } from '../../shared/topology.ts'
 import { type Ground, ground, seeded, submit, until } from './support.ts'
@@ -67,17 +67,14 @@ test('work that comes while a pull is open is handed out at once', async () => {
   await using on = await ground()
   const one = holder(on.bus, 2)
   for (let i = 0; i < 5; i++) {
-    const { id, seq } = await submit(on.bus, {}, { replyTo: 'gateway-1' })
+    const { id, seq } = await submit(on.bus)
     const message = await until('the message', () => one.hand[0])
     assert.is(message.workload, id)
     assert.is(message.acceptedSeq, seq)
     assert.is(message.deliveries, 1)
-    assert.is(message.replyTo, 'gateway-1')
     assert.is(JSON.parse(message.body).subject, id)
     one.finish()
   }
-  await submit(on.bus)
-  assert.is((await until('the message', () => one.hand[0])).replyTo, undefined, replyHeader)
   await one.puller.stop()
 })
 
@@ -130,6 +127,35 @@ test('a new connection does not bring more than there are slots', async () => {
   assert.equal(new Set(one.seen.map(({ workload }) => workload)), ids)
   await one.puller.stop()
 })
+
+test('acknowledgements go out by themselves within moments, in one write', async () => {
+  await using on = await ground()
+  await submitMany(on.bus, 20)
+  const one = holder(on.bus, 20)
+  await until('all', () => one.hand.length === 20 || undefined)
+  const { outMsgs } = on.bus.nc.stats()
+  for (const message of one.hand) message.ack()
+  assert.is(on.bus.nc.stats().outMsgs, outMsgs, 'not at once')
+  await delay(60)
+  assert.ok(on.bus.nc.stats().outMsgs >= outMsgs + 20)
+  await empty(on.bus)
+  await one.puller.stop()
+})
+
+for (const last of ['a flush', 'disposing the bus'] as const)
+  test(`an acknowledgement is sent by ${last} at the latest`, async () => {
+    await using on = await ground({ ackWaitMs: 60_000 })
+    await using other = await Bus.connect({ url: on.nats.url, name: 'other' })
+    await submit(on.bus)
+    const one = holder(other, 1)
+    const message = await until('the message', () => one.hand[0])
+    await one.puller.stop()
+    message.ack()
+    if (last === 'a flush') await other.flush()
+    else await other[Symbol.asyncDispose]()
+    const { num_ack_pending } = await on.bus.jsm.consumers.info(WORK, 'isolate')
+    assert.is(num_ack_pending, 0)
+  })
 
 test('without a word it is delivered again after the ack wait, counted; with working() it is not', async () => {
   await using on = await ground({ ackWaitMs: 1_000 })

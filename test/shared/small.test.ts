@@ -1,6 +1,7 @@
 import { spawnSync } from 'node:child_process'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
+import { backendKey } from '../../shared/backends.ts'
 import { fieldPath, Problem, type ProblemCode, problems } from '../../shared/errors.ts'
 import { derivedWorkloadId, digestOf, newProcessId, newWorkloadId } from '../../shared/ids.ts'
 import {
@@ -10,7 +11,7 @@ import {
   lastToken,
   lateSubject,
   logSubject,
-  replySubject,
+  storedEnds,
   workloadOf,
 } from '../../shared/subjects.ts'
 import { continueTrace } from '../../shared/trace.ts'
@@ -64,8 +65,16 @@ test('the workload is found in every subject that names one', () => {
     controlSubject(id),
   ])
     assert.is(workloadOf(subject), id, subject)
-  assert.is(lastToken(replySubject('gateway-1', id)), id)
+  for (const subject of storedEnds) assert.is(workloadOf(subject.replace('*', id)), id, subject)
+  assert.is(lastToken(`vulcan.work.isolate.any.${id}`), id)
   assert.is(acceptedSubject(id, 'gvisor', 'host-7'), `vulcan.events.${id}.accepted.gvisor.host-7`)
+})
+
+test('a host has one key for each isolation, whatever its name', () => {
+  assert.is(backendKey({ isolation: 'isolate', host: 'host-1' }), 'isolate.host-1')
+  assert.is(backendKey({ isolation: 'gvisor', host: 'a.example.com' }), 'gvisor.a_example_com')
+  for (const host of ['', '.', '*', '>', 'ü b', 'x'.repeat(64)])
+    assert.match(backendKey({ isolation: 'isolate', host }), /^isolate\.[\w-]+$/)
 })
 
 const trace = '0af7651916cd43dd8448eb211c80319c'

@@ -2,7 +2,14 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { Blobs } from '../../shared/blobs.ts'
 import { Bus, type StoredEvent } from '../../shared/bus.ts'
-import { type AcceptedEvent, isEnd, LifecycleEvent, makeEvent } from '../../shared/events.ts'
+import {
+  type AcceptedEvent,
+  type End,
+  type EndKind,
+  isEnd,
+  LifecycleEvent,
+  makeEvent,
+} from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { acceptedSubject, lifecycleSubjects } from '../../shared/subjects.ts'
 import { EVENTS, ensureTopology, TopologyOptions } from '../../shared/topology.ts'
@@ -54,10 +61,10 @@ export function acceptedEvent(
 export async function submit(
   bus: Bus,
   spec: Record<string, unknown> = {},
-  options: { replyTo?: string; over?: Partial<AcceptedEvent['data']> } = {},
+  over: Partial<AcceptedEvent['data']> = {},
 ): Promise<{ id: WorkloadId; seq: number }> {
-  const event = acceptedEvent(spec, newWorkloadId(), options.over)
-  const stored = await bus.publishEvent(acceptedSubject(event.subject, 'isolate'), event, 0, options)
+  const event = acceptedEvent(spec, newWorkloadId(), over)
+  const stored = await bus.publishEvent(acceptedSubject(event.subject, 'isolate'), event, 0)
   if (!stored.stored) throw new Error('refused')
   return { id: event.subject, seq: stored.seq }
 }
@@ -93,6 +100,40 @@ export async function until<T>(
     if (Date.now() > deadline) throw new Error(`${what} did not happen within ${timeoutMs} ms`)
     await delay(10)
   }
+}
+
+/** An end of an attempt of which nothing else is known. */
+export const bareEnd = (
+  kind: EndKind,
+  id: WorkloadId,
+  data: Pick<End, 'attempt' | 'runner'> & Partial<End>,
+  source = origin.source,
+): LifecycleEvent =>
+  makeEvent(
+    kind,
+    id,
+    data.attempt,
+    {
+      started_at: null,
+      duration_ms: null,
+      cause: null,
+      error: null,
+      output: null,
+      output_blob: null,
+      exit_code: null,
+      logs: null,
+      receipt: null,
+      ...data,
+    },
+    { source },
+  ) as LifecycleEvent
+
+/** Brings a stream’s room to what it holds and `spare` bytes; returns how to undo that. */
+export async function fill(bus: Bus, stream: string, spare = 0): Promise<() => Promise<unknown>> {
+  const { config, state } = await bus.jsm.streams.info(stream)
+  const full = { ...config, max_bytes: Math.max(1, state.bytes + spare), discard: 'new' } as typeof config
+  await bus.jsm.streams.update(stream, full)
+  return () => bus.jsm.streams.update(stream, config)
 }
 
 /** The recorded end of a workload. */

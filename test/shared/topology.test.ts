@@ -4,11 +4,11 @@ import * as assert from 'uvu/assert'
 import { Bus } from '../../shared/bus.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { pullWork, type WorkMessage } from '../../shared/queue.ts'
-import { acceptedSubject } from '../../shared/subjects.ts'
+import { acceptedSubject, eventSubject } from '../../shared/subjects.ts'
 import { EVENTS, ensureTopology, LOGS, TopologyOptions, WORK, workConsumer } from '../../shared/topology.ts'
 import { Isolation } from '../../shared/workload.ts'
 import { startNats } from '../nats.ts'
-import { acceptedEvent, ground, submit, until } from './support.ts'
+import { acceptedEvent, bareEnd, ground, submit, until } from './support.ts'
 
 const queued = async (bus: Bus) => (await bus.jsm.streams.info(WORK)).state.messages
 
@@ -86,6 +86,28 @@ test('an accepted event is queued once, under its isolation and target, and no o
   await until('the targeted message', async () => (await queued(on.bus)) === 2 || undefined)
   const targeted = await on.bus.jsm.streams.getMessage(WORK, { last_by_subj: 'vulcan.work.gvisor.>' })
   assert.is(targeted!.subject, `vulcan.work.gvisor.host-1.${other.subject}`)
+})
+
+test('what is stored on a workload’s subjects is sent on by the server: not before, and nothing that was refused', async () => {
+  await using on = await ground()
+  const heard: { subject: string; seq: number; body: unknown }[] = []
+  on.bus.listen('vulcan.stored.>', (message) =>
+    heard.push({
+      subject: message.subject,
+      seq: Number(message.headers?.get('Nats-Sequence')),
+      body: message.json(),
+    }),
+  )
+  await on.bus.flush()
+  const { id, seq } = await submit(on.bus)
+  const first = bareEnd('killed', id, { attempt: 0, runner: null }, '/a')
+  const second = bareEnd('failed', id, { attempt: 0, runner: null }, '/b')
+  const stored = await on.bus.settleEvent(eventSubject(id, 'killed'), first, seq)
+  assert.ok(stored.stored)
+  assert.not((await on.bus.settleEvent(eventSubject(id, 'failed'), second, seq)).stored)
+  await until('the end', () => heard.length > 0 || undefined)
+  await on.bus.flush()
+  assert.equal(heard, [{ subject: `vulcan.stored.${id}.killed`, seq: stored.seq, body: first }])
 })
 
 test('a SIGKILL and restart of the server, queue full or empty, sources nothing twice and loses nothing', async () => {
