@@ -38,12 +38,8 @@ export interface Database {
 /** Opens and migrates. Rejects when that cannot be done now; a damaged file is moved aside, as it can be rebuilt. */
 export async function openDatabase({ url, authToken }: DatabaseOptions): Promise<Database> {
   const path = filePath(url)
-  if (path !== undefined) {
-    await mkdir(dirname(path), { recursive: true })
-    // A write-ahead log without its database belongs to one that was deleted.
-    if ((await inode(path)) === undefined)
-      for (const end of ['-wal', '-shm']) await rm(path + end, { force: true })
-  }
+  // A write-ahead log that a deleted database left behind is thrown away by SQLite itself.
+  if (path !== undefined) await mkdir(dirname(path), { recursive: true })
   const client = createClient({
     url: path === undefined ? url : `file:${path}`,
     ...(authToken === undefined ? {} : { authToken }),
