@@ -12,6 +12,8 @@ export interface LoadResult {
   p99: number
   requests: number
   errors: number
+  /** Of what was not answered as expected: by status, 0 for a broken connection. */
+  statuses?: Record<number, number>
 }
 
 export interface LoadOptions {
@@ -71,13 +73,15 @@ export async function load(options: LoadOptions): Promise<LoadResult> {
   const clients = await Promise.all(
     Array.from({ length: connections }, () => Client.open(hostname, Number(port))),
   )
-  const result = await repeat(
-    async (n) => (await clients[n]!.exchange(fixed ?? request((body as () => string)()))) === expect,
-    connections,
-    seconds,
-  )
+  const statuses: Record<number, number> = {}
+  const one = async (n: number) => {
+    const status = await clients[n]!.exchange(fixed ?? request((body as () => string)()))
+    if (status !== expect) statuses[status] = (statuses[status] ?? 0) + 1
+    return status === expect
+  }
+  const result = await repeat(one, connections, seconds)
   for (const client of clients) client.close()
-  return result
+  return { ...result, statuses }
 }
 
 const endOfHead = Buffer.from('\r\n\r\n')

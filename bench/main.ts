@@ -43,7 +43,10 @@ const keep = (name: string, result: LoadResult) => {
   const all = taken.get(name)
   if (all === undefined) taken.set(name, [result])
   else all.push(result)
-  if (result.errors > 0) console.log(`! ${name}: ${result.errors} requests were not answered as expected`)
+  if (result.errors > 0)
+    console.log(
+      `! ${name}: ${result.errors} requests were not answered as expected: ${JSON.stringify(result.statuses)}`,
+    )
 }
 for (let round = 0; round < rounds; round++) {
   for (const [n, result] of await floor(bare.url, widths, seconds)) keep(`floor ${n}`, result)
