@@ -75,6 +75,9 @@ export function platformConfig(env: NodeJS.ProcessEnv): PlatformConfig {
   }
 }
 
+/** Short-lived garbage is all these processes make: a larger nursery has it collected a few per cent cheaper. */
+const nodeFlags = ['--max-semi-space-size=64']
+
 /** A script and its arguments for each process. */
 export type Entrypoints = Record<'dispatcher' | 'runner' | 'gateway', string[]>
 
@@ -143,7 +146,7 @@ export async function startPlatform(config: PlatformConfig, options: PlatformOpt
   const node = (name: keyof Entrypoints, ready?: ProcessSpec['ready']): ProcessSpec => ({
     name,
     command: process.execPath,
-    args: scripts[name],
+    args: [...nodeFlags, ...scripts[name]],
     env,
     ...(ready && { ready }),
   })
