@@ -130,7 +130,7 @@ export function eventProjection(log: Logger): Projection {
   return {
     stream: EVENTS,
     // Readers who need it sooner hurry it; larger batches are what makes folding cheap.
-    lingerMs: 50,
+    lingerMs: 100,
     counter: 'events',
     clear: ['DELETE FROM workloads', 'DELETE FROM workload_labels'],
     forget() {

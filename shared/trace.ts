@@ -18,6 +18,6 @@ export function continueTrace(header: string | undefined): TraceContext {
   const traceId = valid ? caller : randomUUID().replaceAll('-', '')
   return {
     traceId,
-    traceparent: `00-${traceId}-${randomUUID().slice(-12)}${randomUUID().slice(0, 4)}-${valid ? flags : '00'}`,
+    traceparent: `00-${traceId}-${randomUUID().replaceAll('-', '').slice(16)}-${valid ? flags : '00'}`,
   }
 }
