@@ -34,15 +34,8 @@ function publish(js: JetStreamClient, id: string) {
   })
 }
 
-/**
- * Round trips per second and their latency in ms, at each number in flight; `url` is a server that nothing else
- * uses.
- */
-export async function floor(
-  url: string,
-  inFlight: number[],
-  seconds: number,
-): Promise<Map<number, LoadResult>> {
+/** Round trips per second and their latency in ms, `inFlight` at a time; `url` is a server that nothing else uses. */
+export async function floor(url: string, inFlight: number, seconds: number): Promise<LoadResult> {
   const connection = await connect({ servers: url })
   await ensureTopology(await jetstreamManager(connection), TopologyOptions.parse({}))
   const far = new URL('./floor-consumer.ts', import.meta.url).pathname
@@ -59,13 +52,12 @@ export async function floor(
     await Promise.all([publish(js, id), replied])
     return waiting.delete(id)
   }
-  await repeat(roundTrip, 16, 0.5)
-  const results = new Map<number, LoadResult>()
-  for (const n of inFlight) results.set(n, await repeat(roundTrip, n, seconds))
+  await repeat(roundTrip, inFlight, 0.5)
+  const result = await repeat(roundTrip, inFlight, seconds)
   consumer.kill()
   await once(consumer, 'exit')
   await connection.close()
-  return results
+  return result
 }
 
 /** Accepted events published and acknowledged per second, nothing behind them. The queue is emptied afterwards. */

@@ -36,7 +36,7 @@ const post = (
 console.log(
   `${seconds} s a measurement, ${rounds} rounds, medians; Node ${process.version}, ${process.platform}`,
 )
-await post('/v1/workloads', 64, warmBody, 200, 3)
+await post('/v1/workloads', 64, warmBody, 200, 8)
 
 const taken = new Map<string, LoadResult[]>()
 const keep = (name: string, result: LoadResult) => {
@@ -49,8 +49,12 @@ const keep = (name: string, result: LoadResult) => {
     )
 }
 for (let round = 0; round < rounds; round++) {
-  for (const [n, result] of await floor(bare.url, widths, seconds)) keep(`floor ${n}`, result)
-  for (const n of widths) keep(`sync ${n}`, await post('/v1/workloads', n, warmBody, 200))
+  // Side by side at each width, each after half a second that does not count.
+  for (const n of widths) {
+    keep(`floor ${n}`, await floor(bare.url, n, seconds))
+    await post('/v1/workloads', n, warmBody, 200, 0.5)
+    keep(`sync ${n}`, await post('/v1/workloads', n, warmBody, 200))
+  }
   keep('accept floor', await acceptFloor(bare.url, 64, seconds))
   keep('accept', await post('/v1/workloads/async', 64, warmBody, 202))
   await settled()
