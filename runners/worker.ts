@@ -7,7 +7,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { backendKey, type Heartbeat, heartbeatMs } from '../shared/backends.ts'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
-import type { Logger } from '../shared/process.ts'
+import { type Logger, untilAborted } from '../shared/process.ts'
 import { pullWork } from '../shared/queue.ts'
 import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
 import { workConsumer } from '../shared/topology.ts'
@@ -125,9 +125,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   ]
   log.info({ runner: runnerId, isolation: runner.isolation, slots }, 'taking work')
 
-  await new Promise((resolve) =>
-    stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true }),
-  )
+  await untilAborted(stop)
   log.info({ active: held.size }, 'stopping')
   await puller.stop()
   const deadline = Date.now() + drainMs
@@ -186,9 +184,7 @@ export async function announceUnavailable(
   await announce(bus, options.replicas, heartbeat, stop)
   const timer = setInterval(beat, heartbeatMs)
   beat()
-  await new Promise((resolve) =>
-    stop.aborted ? resolve(0) : stop.addEventListener('abort', resolve, { once: true }),
-  )
+  await untilAborted(stop)
   clearInterval(timer)
   rollCalls.unsubscribe()
 }
