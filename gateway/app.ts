@@ -39,8 +39,6 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
     if (problem.status >= 500 && problem.code === 'internal')
       log.error({ err: error, path: c.req.path }, 'request failed')
     if (problem.retryAfterS !== undefined) c.header('Retry-After', String(problem.retryAfterS))
-    // What is left of a refused body is not read: the connection ends with this answer.
-    if (problem.code === 'payload_too_large' || problem.code === 'overloaded') c.header('Connection', 'close')
     return c.body(JSON.stringify(problem), problem.status as ContentfulStatusCode, {
       'Content-Type': 'application/problem+json',
     })

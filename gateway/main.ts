@@ -1,4 +1,5 @@
 /** The gateway process: `node gateway/main.ts`. Stateless; start as many as you like on one bus. */
+import type { IncomingMessage, ServerResponse } from 'node:http'
 import { setTimeout as delay } from 'node:timers/promises'
 import { serve } from '@hono/node-server'
 import { z } from 'zod'
@@ -36,6 +37,7 @@ const gatewayId = newProcessId('gateway')
 const log = makeLogger('vulcan-gateway', config.logLevel)
 const stop = stopSignal()
 const { replicas } = config.topology
+const maxBodyBytes = Math.floor(config.maxBodyMb * 1_048_576)
 
 await using bus = await Bus.connect({ url: config.natsUrl, name: gatewayId }, stop)
 const [blobs, roster] = await whenStreamsStand()
@@ -47,7 +49,7 @@ const app = gatewayApp({
   gatewayId,
   waits,
   reads: readsFrom(config.dispatcherUrl),
-  maxBodyBytes: Math.floor(config.maxBodyMb * 1_048_576),
+  maxBodyBytes,
   maxWaitS: config.maxWaitS,
   log,
 })
@@ -55,6 +57,12 @@ const app = gatewayApp({
 const server = serve({ fetch: app.fetch, hostname: config.host, port: config.port }, (address) =>
   log.info({ address: address.address, port: address.port }, 'listening'),
 )
+// A body that is refused by its declared size is not asked for. What comes all the same is read and thrown away for
+// half a second (by node-server), so that the answer is not lost in a reset connection.
+server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => {
+  if (!(Number(request.headers['content-length']) > maxBodyBytes)) response.writeContinue()
+  server.emit('request', request, response)
+})
 server.on('error', (error) => {
   log.fatal({ err: error }, 'cannot listen')
   process.exit(1)
