@@ -3,6 +3,7 @@
  * Rounds of floor and platform take turns, so that a noisy minute touches both; figures are medians of the rounds.
  * `npm run bench -- 5 3`: seconds a measurement, rounds.
  */
+import { readFileSync } from 'node:fs'
 import { startNats } from '../test/nats.ts'
 import { startTestPlatform } from '../test/platform.ts'
 import { coldFloor } from './cold.ts'
@@ -38,6 +39,7 @@ console.log(
 )
 await post('/v1/workloads', 64, warmBody, 200, 8)
 
+const before = cpuTimes()
 const taken = new Map<string, LoadResult[]>()
 const keep = (name: string, result: LoadResult) => {
   const all = taken.get(name)
@@ -63,6 +65,9 @@ for (let round = 0; round < rounds; round++) {
   keep('log floor', await logFloor(bare.url, 9_000))
   keep('log', await logLines(platform.url, 9_000))
 }
+
+const used = cpuTimes()
+const share = (100 * (used.steal - before.steal)) / (used.all - before.all)
 
 const of = (name: string, field: 'rate' | 'p50' | 'p99') =>
   median((taken.get(name) ?? []).map((result) => result[field]))
@@ -108,8 +113,20 @@ row(
 console.log(
   '\nfloor: accepted event published and acknowledged → sourced queue → pull consumer → core reply, one process each;' +
     '\naccept floor: the same event published and acknowledged; cold floor: raw isolated-vm (isolate, context, compile,' +
-    '\nrun) plus one floor round trip; log floor: the same batches through JetStream into one consumer.',
+    '\nrun) plus one floor round trip; log floor: the same batches through JetStream into one consumer.' +
+    `\nThe host gave ${share.toFixed(1)} % of this machine’s CPU time to others meanwhile.`,
 )
+
+/** What the kernel counted since it started, in ticks: all of it, and what the host gave to others (`man 5 proc_stat`). */
+function cpuTimes(): { all: number; steal: number } {
+  try {
+    const ticks =
+      readFileSync('/proc/stat', 'utf8').split('\n')[0]?.split(/\s+/).slice(1, 9).map(Number) ?? []
+    return { all: ticks.reduce((sum, value) => sum + value, 0), steal: ticks[7] ?? 0 }
+  } catch {
+    return { all: Number.NaN, steal: Number.NaN }
+  }
+}
 
 /** The ratio of the medians. */
 function times(field: 'rate' | 'p50', ours: string, beneath: string): string {
