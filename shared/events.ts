@@ -6,6 +6,9 @@ import { z } from 'zod'
 import {
   BlobRef,
   Cause,
+  Digest,
+  FunctionRef,
+  HeaderList,
   Isolation,
   LogLine,
   Receipt,
@@ -54,6 +57,44 @@ function withInner(schema: z.ZodType, inner: Record<string, z.core.$ZodType>): z
 const Attempt = z.int().min(1)
 
 /**
+ * Bytes of an HTTP body as an event carries them: as text where they are UTF-8, else in base64; in a blob where they
+ * are too large for a message; `live` where they went through the gateway and were not kept; null for none.
+ */
+export const HttpBody = z.union([
+  z.looseObject({ text: z.string() }),
+  z.looseObject({ base64: z.base64() }),
+  open(BlobRef),
+  z.literal('live'),
+  z.null(),
+])
+export type HttpBody = z.infer<typeof HttpBody>
+
+/**
+ * The request of an HTTP invocation. Headers that carry credentials stand, encrypted, in `sealed` (see
+ * `shared/secrets.ts`): whoever may read events may not act as a caller.
+ */
+export const HttpCall = z.looseObject({
+  method: z.string(),
+  /** Absolute, as the caller wrote it; the function sees the path below its own prefix. */
+  url: z.string(),
+  headers: HeaderList,
+  sealed: z.string().nullable(),
+  body: HttpBody,
+  /** Id of the gateway whose caller waits for the response as it comes; null: it is kept with the end. */
+  gateway: z.string().nullable(),
+})
+export type HttpCall = z.infer<typeof HttpCall>
+
+/** What an HTTP invocation answered. Kept whole where it is small or nobody waited, else `body` is `live`. */
+export const HttpAnswer = z.looseObject({
+  status: z.int(),
+  headers: HeaderList,
+  sealed: z.string().nullable(),
+  body: HttpBody,
+})
+export type HttpAnswer = z.infer<typeof HttpAnswer>
+
+/**
  * The whole accepted request. Where `code` and `input` are too large for a message they are left out of `spec`
  * and stand, as JSON `{code?, input?}`, in the blob that `payload` names.
  */
@@ -68,6 +109,12 @@ export const Accepted = z.looseObject({
   trace_id: z.string(),
   /** The workload this one runs again. */
   rerun_of: WorkloadId.nullable(),
+  /** The deployed function it is an invocation of; its code is the blob `bundle`, and `spec` has none. */
+  function: open(FunctionRef).nullish(),
+  /** `map`: the source map of the bundle, where there is one. */
+  bundle: z.looseObject({ blob: Digest, size: z.int(), map: Digest.nullable() }).nullish(),
+  /** Set for an HTTP invocation, whose request stands here in place of `spec.input`. */
+  http: HttpCall.nullish(),
 })
 export type Accepted = z.infer<typeof Accepted>
 
@@ -106,6 +153,8 @@ export const End = z.looseObject({
   exit_code: z.int().nullable(),
   logs: LogCount.nullable(),
   receipt: open(Receipt).nullable(),
+  /** Of an HTTP invocation that answered. */
+  response: HttpAnswer.nullish(),
 })
 export type End = z.infer<typeof End>
 

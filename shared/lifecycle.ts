@@ -2,7 +2,7 @@
  * The lifecycle as a table, and the fold that turns a workload’s events into its record. Pure: the dispatcher
  * folds streams with it, the gateway a single answer, the runner reads a workload’s state off its last event.
  */
-import { type EndEvent, isEnd, type LifecycleEvent } from './events.ts'
+import { type EndEvent, type HttpCall, isEnd, type LifecycleEvent } from './events.ts'
 import {
   type BlobRef,
   type Cause,
@@ -71,6 +71,8 @@ export function begin(
     receipt: null,
     trace_id,
     labels: spec.labels,
+    function: event.data.function ?? null,
+    http: httpOf(event.data.http),
     accepted_seq: seq,
     last_seq: seq,
     runner: null,
@@ -81,6 +83,9 @@ export function begin(
     last_log: null,
   }
 }
+
+const httpOf = (call: HttpCall | null | undefined): Workload['http'] =>
+  call == null ? null : { method: call.method, path: new URL(call.url).pathname, status: null }
 
 const millisecondsBetween = (from: string, to: string): number =>
   Math.max(0, Date.parse(to) - Date.parse(from))
@@ -102,6 +107,7 @@ export function finish(record: WorkloadRecord, event: EndEvent, seq: number): Wo
     exit_code: data.exit_code,
     error: data.error,
     receipt: data.receipt,
+    http: record.http === null ? null : { ...record.http, status: data.response?.status ?? null },
     runner: data.runner,
     last_log: data.logs?.last ?? null,
     last_seq: seq,
@@ -178,6 +184,8 @@ export function toWorkload(record: WorkloadRecord, output: unknown = record.outp
     receipt: record.receipt,
     trace_id: record.trace_id,
     labels: record.labels,
+    function: record.function,
+    http: record.http,
   }
 }
 

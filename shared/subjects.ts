@@ -31,6 +31,16 @@ export const runnerSubject = (runner: string) => `vulcan.runners.${runner}`
 /** vulcan.roll-call: asks every runner for a heartbeat now. Core NATS. */
 export const rollCallSubject = 'vulcan.roll-call'
 
+/**
+ * vulcan.reply.{gateway}.{workload}: the response of an HTTP invocation as it comes, from its runner to the gateway
+ * whose caller waits; see `exchange.ts`. Core NATS.
+ */
+export const replySubject = (gateway: string, id: WorkloadId) => `vulcan.reply.${gateway}.${id}`
+export const allReplies = (gateway: string) => `vulcan.reply.${gateway}.*`
+
+/** vulcan.request.{workload}: the request body as it comes, credits for the response, or that the caller is gone. Core NATS. */
+export const requestSubject = (id: WorkloadId) => `vulcan.request.${id}`
+
 export const allRunners = 'vulcan.runners.*'
 export const allControls = 'vulcan.control.*'
 

@@ -81,10 +81,41 @@ export const Retry = z
   })
 export type Retry = z.infer<typeof Retry>
 
+/** Name of a function: a DNS label, as it stands in URLs and subjects. */
+export const FunctionName = z
+  .string()
+  .regex(
+    /^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$/,
+    'must be 1 to 63 of a–z 0–9 -, not beginning or ending with -',
+  )
+  .meta({ id: 'FunctionName' })
+export type FunctionName = z.infer<typeof FunctionName>
+
+/** A version’s id is made from its content: deploying the same again gives the same. */
+export const VersionId = z
+  .string()
+  .regex(/^v[0-9a-f]{16}$/, 'must be v and 16 hex digits')
+  .meta({ id: 'VersionId' })
+export type VersionId = z.infer<typeof VersionId>
+
+/** Of which function and version a workload is an invocation, and by which alias or version it was called. */
+export const FunctionRef = z
+  .strictObject({ name: FunctionName, version: VersionId, ref: z.string() })
+  .meta({ id: 'FunctionRef' })
+export type FunctionRef = z.infer<typeof FunctionRef>
+
+/** In the order received, names in lower case; a name may stand more than once. */
+export const HeaderList = z.array(z.tuple([z.string(), z.string()]))
+export type HeaderList = z.infer<typeof HeaderList>
+
 const HostPort = z
   .string()
   .max(300)
   .regex(/^[a-z0-9.*-]+:\d{1,5}$/i, 'must be host:port')
+
+/** What the code may reach on the network: nothing, everything public, or named `host:port`s. */
+export const Egress = z.union([z.enum(['none', 'all']), z.array(HostPort).min(1).max(64)])
+export type Egress = z.infer<typeof Egress>
 
 const IsolationChoice = z.union([z.literal('auto'), Isolation, z.array(Isolation).min(1).max(4)])
 const EnvName = z.string().regex(/^[A-Za-z_][A-Za-z0-9_]{0,255}$/, 'must be a name such as MODE')
@@ -108,7 +139,7 @@ export const SpecFields = z.strictObject({
   limits: Limits.prefault({}),
   network: z
     .strictObject({
-      egress: z.union([z.enum(['none', 'all']), z.array(HostPort).min(1).max(64)]).default('none'),
+      egress: Egress.default('none'),
     })
     .prefault({}),
   retry: Retry.prefault({}),
@@ -173,6 +204,10 @@ export const Workload = z
     receipt: Receipt.nullable(),
     trace_id: z.string().nullable(),
     labels: z.record(z.string(), z.string()),
+    /** Null where it is not an invocation of a deployed function. */
+    function: FunctionRef.nullable(),
+    /** What an HTTP invocation answered; its body is at `/v1/workloads/:id/response` where it was kept. */
+    http: z.strictObject({ method: z.string(), path: z.string(), status: z.int().nullable() }).nullable(),
   })
   .meta({ id: 'Workload' })
 export type Workload = z.infer<typeof Workload>
