@@ -18,8 +18,8 @@ export interface LoadResult {
 
 export interface LoadOptions {
   origin: string
-  path: string
-  /** The same for every request, or made for each. */
+  /** The same for every request, or made for each; so is the body. */
+  path: string | (() => string)
   body: string | (() => string)
   connections: number
   seconds: number
@@ -64,18 +64,21 @@ export async function repeat(
 export async function load(options: LoadOptions): Promise<LoadResult> {
   const { origin, path, body, connections, seconds, expect } = options
   const { hostname, port, host } = new URL(origin)
-  const request = (text: string) =>
-    Buffer.from(
-      `POST ${path} HTTP/1.1\r\nHost: ${host}\r\nContent-Type: application/json\r\n` +
+  const made = (value: string | (() => string)) => (typeof value === 'string' ? value : value())
+  const request = () => {
+    const text = made(body)
+    return Buffer.from(
+      `POST ${made(path)} HTTP/1.1\r\nHost: ${host}\r\nContent-Type: application/json\r\n` +
         `Content-Length: ${Buffer.byteLength(text)}\r\n\r\n${text}`,
     )
-  const fixed = typeof body === 'string' ? request(body) : undefined
+  }
+  const fixed = typeof body === 'string' && typeof path === 'string' ? request() : undefined
   const clients = await Promise.all(
     Array.from({ length: connections }, () => Client.open(hostname, Number(port))),
   )
   const statuses: Record<number, number> = {}
   const one = async (n: number) => {
-    const status = await clients[n]!.exchange(fixed ?? request((body as () => string)()))
+    const status = await clients[n]!.exchange(fixed ?? request())
     if (status !== expect) statuses[status] = (statuses[status] ?? 0) + 1
     return status === expect
   }

@@ -8,14 +8,13 @@ import { startNats } from '../test/nats.ts'
 import { startTestPlatform } from '../test/platform.ts'
 import { coldFloor } from './cold.ts'
 import { acceptFloor, floor } from './floor.ts'
-import { type LoadResult, load } from './load.ts'
+import { load } from './load.ts'
 import { logFloor, logLines } from './logs.ts'
+import { ms, perSecond, Taken } from './table.ts'
 
 const [seconds = 4, rounds = 3] = process.argv.slice(2).map(Number)
 const widths = [1, 16, 64]
 
-const median = (values: number[]): number =>
-  values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? Number.NaN
 const warmBody = JSON.stringify({ code: 'export default ({ x }) => ({ y: x * 2 })', input: { x: 21 } })
 let unique = 0
 const coldBody = () =>
@@ -40,75 +39,61 @@ console.log(
 await post('/v1/workloads', 64, warmBody, 200, 8)
 
 const before = cpuTimes()
-const taken = new Map<string, LoadResult[]>()
-const keep = (name: string, result: LoadResult) => {
-  const all = taken.get(name)
-  if (all === undefined) taken.set(name, [result])
-  else all.push(result)
-  if (result.errors > 0)
-    console.log(
-      `! ${name}: ${result.errors} requests were not answered as expected: ${JSON.stringify(result.statuses)}`,
-    )
-}
+const taken = new Taken()
 for (let round = 0; round < rounds; round++) {
   // Side by side at each width, each after half a second that does not count.
   for (const n of widths) {
-    keep(`floor ${n}`, await floor(bare.url, n, seconds))
+    taken.keep(`floor ${n}`, await floor(bare.url, n, seconds))
     await post('/v1/workloads', n, warmBody, 200, 0.5)
-    keep(`sync ${n}`, await post('/v1/workloads', n, warmBody, 200))
+    taken.keep(`sync ${n}`, await post('/v1/workloads', n, warmBody, 200))
   }
-  keep('accept floor', await acceptFloor(bare.url, 64, seconds))
-  keep('accept', await post('/v1/workloads/async', 64, warmBody, 202))
+  taken.keep('accept floor', await acceptFloor(bare.url, 64, seconds))
+  taken.keep('accept', await post('/v1/workloads/async', 64, warmBody, 202))
   await settled()
-  keep('cold floor', coldFloor(seconds))
-  keep('cold', await post('/v1/workloads', 1, coldBody, 200))
-  keep('log floor', await logFloor(bare.url, 9_000))
-  keep('log', await logLines(platform.url, 9_000))
+  taken.keep('cold floor', coldFloor(seconds))
+  taken.keep('cold', await post('/v1/workloads', 1, coldBody, 200))
+  taken.keep('log floor', await logFloor(bare.url, 9_000))
+  taken.keep('log', await logLines(platform.url, 9_000))
 }
 
 const used = cpuTimes()
 const share = (100 * (used.steal - before.steal)) / (used.all - before.all)
 
-const of = (name: string, field: 'rate' | 'p50' | 'p99') =>
-  median((taken.get(name) ?? []).map((result) => result[field]))
 const row = (label: string, ours: string, beneath: string, ratio: string) =>
   console.log(`${label.padEnd(34)}${ours.padStart(24)}${beneath.padStart(24)}${ratio.padStart(16)}`)
-const ms = (value: number) => `${value.toFixed(2)} ms`
-const perSecond = (value: number) => `${Math.round(value).toLocaleString('en-US')}/s`
-
 row('', 'vulcan', 'floor', 'vulcan / floor')
 for (const n of widths) {
   row(
     `sync warm, ${n} in flight: p50`,
-    ms(of(`sync ${n}`, 'p50')),
-    ms(of(`floor ${n}`, 'p50')),
-    times('p50', `sync ${n}`, `floor ${n}`),
+    ms(taken.of(`sync ${n}`, 'p50')),
+    ms(taken.of(`floor ${n}`, 'p50')),
+    taken.times('p50', `sync ${n}`, `floor ${n}`),
   )
   row(
     `sync warm, ${n} in flight: rate`,
-    perSecond(of(`sync ${n}`, 'rate')),
-    perSecond(of(`floor ${n}`, 'rate')),
-    times('rate', `sync ${n}`, `floor ${n}`),
+    perSecond(taken.of(`sync ${n}`, 'rate')),
+    perSecond(taken.of(`floor ${n}`, 'rate')),
+    taken.times('rate', `sync ${n}`, `floor ${n}`),
   )
 }
 row(
   'async accept, 64 in flight: rate',
-  perSecond(of('accept', 'rate')),
-  perSecond(of('accept floor', 'rate')),
-  times('rate', 'accept', 'accept floor'),
+  perSecond(taken.of('accept', 'rate')),
+  perSecond(taken.of('accept floor', 'rate')),
+  taken.times('rate', 'accept', 'accept floor'),
 )
-const coldBeneath = of('cold floor', 'p50') + of('floor 1', 'p50')
+const coldBeneath = taken.of('cold floor', 'p50') + taken.of('floor 1', 'p50')
 row(
   'cold isolate, alone: p50',
-  ms(of('cold', 'p50')),
+  ms(taken.of('cold', 'p50')),
   ms(coldBeneath),
-  `${(of('cold', 'p50') / coldBeneath).toFixed(2)}×`,
+  `${(taken.of('cold', 'p50') / coldBeneath).toFixed(2)}×`,
 )
 row(
   'log lines, end to end',
-  perSecond(of('log', 'rate')),
-  perSecond(of('log floor', 'rate')),
-  times('rate', 'log', 'log floor'),
+  perSecond(taken.of('log', 'rate')),
+  perSecond(taken.of('log floor', 'rate')),
+  taken.times('rate', 'log', 'log floor'),
 )
 console.log(
   '\nfloor: accepted event published and acknowledged → sourced queue → pull consumer → core reply, one process each;' +
@@ -126,11 +111,6 @@ function cpuTimes(): { all: number; steal: number } {
   } catch {
     return { all: Number.NaN, steal: Number.NaN }
   }
-}
-
-/** The ratio of the medians. */
-function times(field: 'rate' | 'p50', ours: string, beneath: string): string {
-  return `${(of(ours, field) / of(beneath, field)).toFixed(2)}×`
 }
 
 /** Waits until nothing that was accepted is left unfinished, so that one measurement does not weigh on the next. */
