@@ -7,9 +7,11 @@ import { Bus } from '../shared/bus.ts'
 import { CommonConfig } from '../shared/config.ts'
 import { newProcessId } from '../shared/ids.ts'
 import type { Logger } from '../shared/process.ts'
+import { Registry } from '../shared/registry.ts'
 import { ensureTopology } from '../shared/topology.ts'
 import { openDatabase } from './database.ts'
 import { eventProjection } from './fold.ts'
+import { startLaneKeeper } from './lanes.ts'
 import { Live } from './live.ts'
 import { logProjection } from './logs.ts'
 import { project } from './project.ts'
@@ -118,12 +120,26 @@ async function run(options: DispatcherOptions, live: Live, log: Logger, stop: Ab
   }
   await untilDone(ensure, stop, (error) => log.warn({ err: error }, 'waiting for JetStream'))
 
+  const registry = await untilDone(
+    () => Registry.open(bus, topology.replicas),
+    stop,
+    (error) => log.warn({ err: error }, 'waiting for the functions'),
+  )
+  using _registry = { [Symbol.dispose]: () => registry.close() }
   const parts = { bus, live, origin, log }
   using sweeper = startSweeper({ ...parts, lostAfterMs: options.lostAfterMs, sweepMs: options.sweepMs })
-  using _watchdog = startWatchdog({ bus, topology, runners: sweeper.runners, log })
+  using _watchdog = startWatchdog({
+    bus,
+    topology,
+    lanes: () => registry.lanes(),
+    runners: sweeper.runners,
+    log,
+  })
+  using _lanes = startLaneKeeper({ bus, topology, registry, log })
   await using _retention = startRetention({
     bus,
     live,
+    registry,
     log,
     keepWorkloadsMs: options.keepWorkloadsH * 3_600_000,
     keepLogsMs: options.keepLogsH * 3_600_000,

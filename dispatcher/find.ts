@@ -13,7 +13,7 @@ const catchUpMs = 5_000
 
 export type FoundRow = Pick<
   typeof workloads.$inferSelect,
-  'status' | 'lastSeq' | 'record' | 'output' | 'spec'
+  'status' | 'lastSeq' | 'record' | 'output' | 'response' | 'spec'
 >
 
 export async function findRow(live: Live, id: WorkloadId): Promise<FoundRow | undefined> {
@@ -24,6 +24,7 @@ export async function findRow(live: Live, id: WorkloadId): Promise<FoundRow | un
         lastSeq: workloads.lastSeq,
         record: workloads.record,
         output: workloads.output,
+        response: workloads.response,
         spec: workloads.spec,
       })
       .from(workloads)

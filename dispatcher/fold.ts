@@ -3,7 +3,7 @@ import type { InStatement, InValue } from '@libsql/client'
 import { getTableColumns, sql } from 'drizzle-orm'
 import { eventSchemas, type LifecycleEvent } from '../shared/events.ts'
 import type { StoredMessage } from '../shared/follow.ts'
-import { fold, hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
+import { bodyBlob, fold, hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import { EVENTS } from '../shared/topology.ts'
 import type { Database } from './database.ts'
@@ -17,7 +17,7 @@ const recentBytes = 48 * 1_048_576
 const rowsPerStatement = 50
 
 type Row = typeof workloads.$inferSelect
-export type StoredRecord = Pick<Row, 'record' | 'output' | 'spec'>
+export type StoredRecord = Pick<Row, 'record' | 'output' | 'response' | 'spec'>
 
 /** A record with its spec as JSON, which never changes after `accepted` and is written as it was. */
 interface Known {
@@ -28,6 +28,7 @@ interface Known {
 export const toRecord = (row: StoredRecord): WorkloadRecord => ({
   ...JSON.parse(row.record),
   output: row.output === null ? null : JSON.parse(row.output),
+  response: row.response === null ? null : JSON.parse(row.response),
   spec: JSON.parse(row.spec),
 })
 
@@ -43,11 +44,14 @@ function toRow({ record, spec }: Known): Row {
     queueMs: record.queue_ms,
     durationMs: record.duration_ms,
     runner: record.runner,
-    function: null,
+    function: record.function?.name ?? null,
     payloadBlob: record.payload?.blob ?? null,
     outputBlob: record.output_blob?.blob ?? null,
-    record: JSON.stringify({ ...record, spec: undefined, output: undefined }),
+    requestBlob: record.request_blob?.blob ?? null,
+    responseBlob: bodyBlob(record.response?.body)?.blob ?? null,
+    record: JSON.stringify({ ...record, spec: undefined, output: undefined, response: undefined }),
     output: record.output === null ? null : JSON.stringify(record.output),
+    response: record.response === null ? null : JSON.stringify(record.response),
     spec,
   }
 }
@@ -55,7 +59,16 @@ function toRow({ record, spec }: Known): Row {
 // The statement is written out rather than built by drizzle for each batch: this is the platform’s hottest write.
 const columns = Object.entries(getTableColumns(workloads)) as [keyof Row, { name: string }][]
 const names = columns.map(([, { name }]) => name)
-const fixed = ['accepted_seq', 'id', 'isolation', 'created_at', 'function', 'payload_blob', 'spec']
+const fixed = [
+  'accepted_seq',
+  'id',
+  'isolation',
+  'created_at',
+  'function',
+  'payload_blob',
+  'request_blob',
+  'spec',
+]
 const upsertHead = `INSERT INTO workloads (${names.join(', ')}) VALUES `
 const upsertTail = ` ON CONFLICT (id) DO UPDATE SET ${names
   .filter((name) => !fixed.includes(name))
@@ -188,7 +201,13 @@ export function eventProjection(log: Logger): Projection {
 async function readKnown({ orm }: Database, ids: Set<string>): Promise<Map<string, Known>> {
   if (ids.size === 0) return new Map()
   const rows = await orm
-    .select({ id: workloads.id, record: workloads.record, output: workloads.output, spec: workloads.spec })
+    .select({
+      id: workloads.id,
+      record: workloads.record,
+      output: workloads.output,
+      response: workloads.response,
+      spec: workloads.spec,
+    })
     .from(workloads)
     .where(sql`${workloads.id} IN (SELECT value FROM json_each(${JSON.stringify([...ids])}))`)
   return new Map(rows.map((row) => [row.id, { record: toRecord(row), spec: row.spec }]))

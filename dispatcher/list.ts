@@ -77,6 +77,8 @@ export async function listWorkloads({ orm }: Database, query: ListQuery): Promis
 }
 
 function listed(record: string): ListedWorkload {
-  const { output: _, ...workload } = toWorkload(toRecord({ record, output: null, spec: 'null' }))
+  const { output: _, ...workload } = toWorkload(
+    toRecord({ record, output: null, response: null, spec: 'null' }),
+  )
   return workload
 }

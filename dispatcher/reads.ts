@@ -110,7 +110,7 @@ const json = (body: string | Uint8Array<ArrayBuffer>) =>
 
 /** The public answer as JSON. An output is put in as it was stored, without being parsed: it can be 64 MB. */
 async function workloadJson(live: Live, row: FoundRow): Promise<string | Uint8Array<ArrayBuffer>> {
-  const record = toRecord({ record: row.record, output: null, spec: 'null' })
+  const record = toRecord({ record: row.record, output: null, response: null, spec: 'null' })
   const { output: _, ...rest } = toWorkload(record)
   const head = `${JSON.stringify(rest).slice(0, -1)},"output":`
   if (record.output_blob === null) return `${head}${row.output ?? 'null'}}`

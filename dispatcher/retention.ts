@@ -2,7 +2,9 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { and, asc, eq, inArray, isNotNull, lt, or } from 'drizzle-orm'
 import type { Bus } from '../shared/bus.ts'
+import type { FunctionVersion } from '../shared/functions.ts'
 import type { Logger } from '../shared/process.ts'
+import type { Registry } from '../shared/registry.ts'
 import { EVENTS } from '../shared/topology.ts'
 import type { Digest } from '../shared/workload.ts'
 import type { Database } from './database.ts'
@@ -17,6 +19,7 @@ const foldMs = 60_000
 export interface RetentionOptions {
   bus: Bus
   live: Live
+  registry: Pick<Registry, 'versions'>
   log: Logger
   keepWorkloadsMs: number
   keepLogsMs: number
@@ -71,26 +74,47 @@ export async function referenced({ orm }: Database, digests: Digest[]): Promise<
     const [row] = await orm
       .select({ seq: workloads.acceptedSeq })
       .from(workloads)
-      .where(or(eq(workloads.payloadBlob, digest), eq(workloads.outputBlob, digest)))
+      .where(
+        or(
+          eq(workloads.payloadBlob, digest),
+          eq(workloads.outputBlob, digest),
+          eq(workloads.requestBlob, digest),
+          eq(workloads.responseBlob, digest),
+        ),
+      )
       .limit(1)
     if (row !== undefined) found.add(digest)
   }
   return found
 }
 
+/** The blobs of deployed versions, those of deleted functions among them: their history is kept. */
+export function deployed(versions: FunctionVersion[]): Set<Digest> {
+  const kept = new Set<Digest>()
+  for (const { bundle, source, spec } of versions) {
+    const { archive, image } = spec
+    for (const digest of [bundle?.blob, bundle?.map, source?.blob, archive?.blob])
+      if (digest != null) kept.add(digest)
+    if (typeof image === 'object') kept.add(image.blob)
+  }
+  return kept
+}
+
 /**
- * Removes blobs that are out of their grace and that no row refers to, now nor in the sweep before: `suspects`
+ * Removes blobs that are out of their grace and that no deployed version and no row refers to, now nor in the sweep before: `suspects`
  * holds what was unreferenced then and is given the new ones. Blobs are listed first and the stream is folded to
  * its end after that: whoever refers to a listed blob later has put it again, which renews it.
  */
 export async function sweepBlobs(
-  { bus, live, blobGraceMs }: Pick<RetentionOptions, 'bus' | 'live' | 'blobGraceMs'>,
+  { bus, live, registry, blobGraceMs }: Pick<RetentionOptions, 'bus' | 'live' | 'registry' | 'blobGraceMs'>,
   suspects: Set<Digest>,
 ): Promise<number> {
   const { blobs } = live
   if (blobs === undefined || !bus.connected) return 0
   const before = Date.now() - blobGraceMs
-  const old = (await blobs.list()).filter(({ at }) => at < before).map(({ digest }) => digest)
+  const listed = (await blobs.list()).filter(({ at }) => at < before).map(({ digest }) => digest)
+  const functions = deployed(registry.versions())
+  const old = listed.filter((digest) => !functions.has(digest))
   if (old.length === 0) {
     suspects.clear()
     return 0

@@ -4,8 +4,8 @@ import { index, integer, primaryKey, real, sqliteTable, text } from 'drizzle-orm
 import type { Isolation, Status } from '../shared/workload.ts'
 
 /**
- * One row per workload. Columns hold what is filtered, sorted or counted; `record`, `output` and `spec` are JSON
- * and together the whole `WorkloadRecord`. The key is the sequence of `accepted`: rows lie in the order of listing.
+ * One row per workload. Columns hold what is filtered, sorted or counted; `record`, `output`, `response` and `spec`
+ * are JSON and together the whole `WorkloadRecord`. The key is the sequence of `accepted`: rows lie in the order of listing.
  */
 export const workloads = sqliteTable(
   'workloads',
@@ -25,8 +25,11 @@ export const workloads = sqliteTable(
     /** Digests this row keeps from being swept. */
     payloadBlob: text('payload_blob'),
     outputBlob: text('output_blob'),
+    requestBlob: text('request_blob'),
+    responseBlob: text('response_blob'),
     record: text('record').notNull(),
     output: text('output'),
+    response: text('response'),
     spec: text('spec').notNull(),
   },
   // Each index ends with the rowid, which is accepted_seq: equality on one of them lists in order.
@@ -39,6 +42,8 @@ export const workloads = sqliteTable(
     index('workloads_ended_at').on(table.endedAt).where(isNotNull(table.endedAt)),
     index('workloads_payload_blob').on(table.payloadBlob).where(isNotNull(table.payloadBlob)),
     index('workloads_output_blob').on(table.outputBlob).where(isNotNull(table.outputBlob)),
+    index('workloads_request_blob').on(table.requestBlob).where(isNotNull(table.requestBlob)),
+    index('workloads_response_blob').on(table.responseBlob).where(isNotNull(table.responseBlob)),
   ],
 )
 

@@ -125,7 +125,12 @@ export function startSweeper(options: SweeperOptions): Sweeper {
   async function end(lost: string[]): Promise<void> {
     const rows = await live.read(({ orm }) =>
       orm
-        .select({ record: workloads.record, output: workloads.output, spec: workloads.spec })
+        .select({
+          record: workloads.record,
+          output: workloads.output,
+          response: workloads.response,
+          spec: workloads.spec,
+        })
         .from(workloads)
         .where(
           sql`${workloads.status} = 'running' AND ${workloads.runner} IN (SELECT value FROM json_each(${JSON.stringify(lost)}))`,

@@ -1,12 +1,20 @@
 /**
- * Looks after the work consumers: one that has messages and open pulls but delivers nothing has stalled
- * (https://github.com/nats-io/nats-server/issues/7680), and is made anew.
+ * Looks after the work consumers, those of lanes among them: one that has messages and open pulls but delivers
+ * nothing has stalled (https://github.com/nats-io/nats-server/issues/7680), and is made anew.
  */
 import type { Heartbeat } from '../shared/backends.ts'
 import { lostAfterMs } from '../shared/backends.ts'
 import type { Bus } from '../shared/bus.ts'
+import type { Lane } from '../shared/functions.ts'
 import type { Logger } from '../shared/process.ts'
-import { recreateConsumer, type TopologyOptions, WORK, workConsumer } from '../shared/topology.ts'
+import {
+  laneConsumer,
+  recreateConsumer,
+  type TopologyOptions,
+  type WorkQueueInfo,
+  workConsumer,
+  workQueues,
+} from '../shared/topology.ts'
 import { Isolation } from '../shared/workload.ts'
 
 const lookMs = 5_000
@@ -19,7 +27,7 @@ export interface Look {
   waiting: number
   /** Consumer sequence of the last delivery. */
   delivered: number
-  /** A runner of its isolation lives and has free slots. */
+  /** A runner of its isolation lives and has free slots, and as much may be out. */
   wanted: boolean
 }
 
@@ -37,29 +45,40 @@ export function stuckSince(
 export interface WatchdogOptions {
   bus: Bus
   topology: TopologyOptions
+  lanes: () => Lane[]
   runners: ReadonlyMap<string, { heartbeat: Heartbeat; at: number }>
   log: Logger
 }
 
-export function startWatchdog({ bus, topology, runners, log }: WatchdogOptions): Disposable {
-  const seen = new Map<Isolation, { look: Look; since: number | undefined }>()
+export function startWatchdog({ bus, topology, lanes, runners, log }: WatchdogOptions): Disposable {
+  const seen = new Map<string, { look: Look; since: number | undefined }>()
 
-  async function look(isolation: Isolation): Promise<void> {
+  async function look(queue: Isolation | Lane, info: WorkQueueInfo, wanted: boolean): Promise<void> {
     const now = Date.now()
-    const wanted = [...runners.values()].some(
-      ({ heartbeat, at }) =>
-        heartbeat.isolation === isolation && now - at < lostAfterMs && heartbeat.active < heartbeat.slots,
-    )
-    if (!wanted) return void seen.delete(isolation)
-    const info = await bus.jsm.consumers.info(WORK, workConsumer(isolation))
-    const { num_pending: pending, num_waiting: waiting, delivered } = info
-    const current = { pending, waiting, delivered: delivered.consumer_seq, wanted }
-    const since = stuckSince(seen.get(isolation), current, now)
-    seen.set(isolation, { look: current, since })
+    const { name, pending, waiting, delivered } = info
+    const current = { pending, waiting, delivered, wanted: wanted && info.out < info.maxOut }
+    const since = stuckSince(seen.get(name), current, now)
+    seen.set(name, { look: current, since })
     if (since === undefined || now - since < stalledMs) return
-    log.error({ consumer: isolation, ...current }, 'a work consumer has stalled and is made anew')
-    seen.delete(isolation)
-    await recreateConsumer(bus.jsm, topology, isolation)
+    log.error({ consumer: name, ...current }, 'a work consumer has stalled and is made anew')
+    seen.delete(name)
+    await recreateConsumer(bus.jsm, topology, queue)
+  }
+
+  async function lookAtAll(): Promise<void> {
+    const now = Date.now()
+    const wanted = new Set(
+      [...runners.values()]
+        .filter(({ heartbeat, at }) => now - at < lostAfterMs && heartbeat.active < heartbeat.slots)
+        .map(({ heartbeat }) => heartbeat.isolation),
+    )
+    const infos = await workQueues(bus.jsm)
+    for (const name of seen.keys()) if (!infos.has(name)) seen.delete(name)
+    for (const queue of [...Isolation.options, ...lanes()]) {
+      const isolation = typeof queue === 'string' ? queue : queue.isolation
+      const info = infos.get(typeof queue === 'string' ? workConsumer(queue) : laneConsumer(queue))
+      if (info !== undefined) await look(queue, info, wanted.has(isolation))
+    }
   }
 
   let looking = false
@@ -67,7 +86,7 @@ export function startWatchdog({ bus, topology, runners, log }: WatchdogOptions):
     if (looking || !bus.connected) return
     looking = true
     try {
-      for (const isolation of Isolation.options) await look(isolation)
+      await lookAtAll()
     } catch (error) {
       log.debug({ err: error }, 'the work consumers could not be looked at')
     } finally {

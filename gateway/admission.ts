@@ -1,9 +1,13 @@
 /** From a request body to a stored `accepted` event, or a clear refusal with nothing stored. */
+import type { z } from 'zod'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import { BusUnavailable, fieldPath, Problem } from '../shared/errors.ts'
-import { type AcceptedEvent, makeEvent } from '../shared/events.ts'
+import { type AcceptedEvent, type HttpCall, makeEvent } from '../shared/events.ts'
+import { type FunctionVersion, laneOf, resolve } from '../shared/functions.ts'
 import { derivedWorkloadId, newWorkloadId, sha256Hex } from '../shared/ids.ts'
+import type { Registry } from '../shared/registry.ts'
+import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import { acceptedSubject } from '../shared/subjects.ts'
 import { continueTrace } from '../shared/trace.ts'
 import { type BlobRef, type WorkloadId, WorkloadSpec } from '../shared/workload.ts'
@@ -19,11 +23,23 @@ const listedErrors = 20
 
 /** All clients share one namespace until tenants come. */
 const namespace = 'default'
+/** Idempotency keys count for each function by itself. */
+const namespaceOf = (name: string) => `${namespace}/functions/${name}`
+
+/** Holds a function to its queue limit. */
+export interface Gate {
+  /** Throws `queue_full` where no more invocations may wait. */
+  admit(name: string, version: FunctionVersion): Promise<void>
+}
 
 export interface AdmissionContext {
   bus: Bus
   blobs: Blobs
   roster: Roster
+  registry: Registry
+  secrets: Pick<Secrets, 'has'>
+  box: SecretBox
+  gate: Gate
   gatewayId: string
 }
 
@@ -44,8 +60,11 @@ export type Admitted =
   | { outcome: 'known'; event: AcceptedEvent; seq: number }
 
 /** Checks a parsed spec; throws `invalid_field` with the path of everything that is wrong. */
-export function parseSpec(value: unknown): WorkloadSpec {
-  const parsed = WorkloadSpec.safeParse(value)
+export const parseSpec = (value: unknown): WorkloadSpec => parseWith(WorkloadSpec, value)
+
+/** The same for any schema. */
+export function parseWith<S extends z.ZodType>(schema: S, value: unknown): z.output<S> {
+  const parsed = schema.safeParse(value)
   if (parsed.success) return parsed.data
   const errors = parsed.error.issues.flatMap((issue) => {
     if (issue.code === 'unrecognized_keys')
@@ -87,10 +106,11 @@ export async function prepare(
 ): Promise<Candidate> {
   checkKey(headers.idempotencyKey)
   const spec = parseSpec(parsed)
-  if (spec.secrets.length > 0)
+  const missing = spec.secrets.findIndex((name) => !context.secrets.has(name))
+  if (missing >= 0)
     throw new Problem('secret_not_found', {
-      detail: `there is no secret ${spec.secrets[0]}`,
-      field: 'secrets[0]',
+      detail: `there is no secret ${spec.secrets[missing]}`,
+      field: `secrets[${missing}]`,
     })
   if (!context.bus.connected) throw new BusUnavailable('not connected')
   const { isolation, reason } = route(spec, context.roster.ability)
@@ -122,6 +142,110 @@ export async function prepare(
     { source: `/vulcan/gateways/${context.gatewayId}`, traceparent: trace.traceparent },
   ) as AcceptedEvent
   return { id, event }
+}
+
+/** A deployed function as a call means it. */
+export interface Target {
+  version: FunctionVersion
+  /** The alias or version it was called by. */
+  ref: string
+}
+
+/** The version that `name` and `ref` mean now. Throws `function_not_found` and its like. */
+export function targetOf({ registry }: AdmissionContext, name: string, ref: string | undefined): Target {
+  const found = registry.get(name)
+  if (found === undefined) throw new Problem('function_not_found', { detail: `there is no function ${name}` })
+  const resolved = resolve(found.record, ref)
+  const version = registry.version(name, resolved.version)
+  if (version === undefined)
+    throw new Problem('version_not_found', {
+      detail: `version ${resolved.version} of ${name} is not known here yet`,
+      retryAfterS: 1,
+    })
+  return { version, ref: resolved.ref }
+}
+
+/** What is invoked with: the input of a JSON invocation, or a call by HTTP. */
+export type Invoked = { input: unknown; http?: undefined } | { http: HttpCall; input?: undefined }
+
+const specs = new WeakMap<FunctionVersion, WorkloadSpec>()
+
+/** A version’s spec as its workloads carry it, without what limits the function as a whole. */
+function specOf(version: FunctionVersion): WorkloadSpec {
+  let spec = specs.get(version)
+  if (spec === undefined) {
+    const { concurrency: _, rate: __, queue_limit: ___, prewarm: ____, ...rest } = version.spec
+    const unbundled = version.bundle === null && rest.image === undefined && version.source !== null
+    spec = {
+      ...rest,
+      runtime: version.runtime,
+      ...(unbundled ? { archive: { blob: version.source!.blob } } : {}),
+    }
+    specs.set(version, spec)
+  }
+  return spec
+}
+
+/**
+ * The invocation of a deployed function as a candidate. `requestSha256` is what an idempotency key is compared by;
+ * `id` is given where something was sealed for it already.
+ */
+export async function prepareInvocation(
+  context: AdmissionContext,
+  { version, ref }: Target,
+  invoked: Invoked,
+  {
+    id,
+    requestSha256,
+    traceparent,
+  }: { id: WorkloadId; requestSha256: string; traceparent: string | undefined },
+): Promise<Candidate> {
+  const { name, isolation, bundle } = version
+  if (!context.bus.connected) throw new BusUnavailable('not connected')
+  const ability = context.roster.ability(isolation)
+  if (!ability.available)
+    throw new Problem('isolation_unavailable', {
+      detail: `${isolation} is unavailable: ${ability.reason}; ${ability.fix}`,
+    })
+  if (version.spec.queue_limit !== null) await context.gate.admit(name, version)
+  let spec = specOf(version)
+  let payload: BlobRef | null = null
+  if (invoked.http !== undefined) {
+    // A body that is streamed can be read once.
+    if (invoked.http.body === 'live') spec = { ...spec, retry: { ...spec.retry, max_attempts: 1 } }
+  } else if (invoked.input !== undefined) {
+    const text = stringify(invoked.input)
+    if (text.length > inlineBytes / 3 && Buffer.byteLength(text) > inlineBytes)
+      payload = await context.blobs.put(Buffer.from(`{"input":${text}}`))
+    else spec = { ...spec, input: invoked.input }
+  }
+  const trace = continueTrace(traceparent)
+  const event = makeEvent(
+    'accepted',
+    id,
+    0,
+    {
+      spec,
+      payload,
+      isolation,
+      target: laneOf(name, version.spec) ?? 'any',
+      routing_reason: version.routing_reason,
+      request_sha256: requestSha256,
+      trace_id: trace.traceId,
+      rerun_of: null,
+      function: { name, version: version.version, ref },
+      bundle,
+      ...(invoked.http === undefined ? {} : { http: invoked.http }),
+    },
+    { source: `/vulcan/gateways/${context.gatewayId}`, traceparent: trace.traceparent },
+  ) as AcceptedEvent
+  return { id, event }
+}
+
+/** The id of an invocation: new, or the one that the key stands for with this function. */
+export function invocationId(name: string, idempotencyKey: string | undefined): WorkloadId {
+  checkKey(idempotencyKey)
+  return idempotencyKey === undefined ? newWorkloadId() : derivedWorkloadId(namespaceOf(name), idempotencyKey)
 }
 
 /** What is left beside code and input always travels in the message itself. */

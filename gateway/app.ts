@@ -1,16 +1,19 @@
 /** The gateway’s HTTP surface, put together. */
-import type { HttpBindings } from '@hono/node-server'
+import type { IncomingMessage } from 'node:http'
+import type { Http2Bindings, HttpBindings } from '@hono/node-server'
 import { Hono } from 'hono'
 import type { ContentfulStatusCode } from 'hono/utils/http-status'
-import { BusUnavailable, Problem, StreamFull } from '../shared/errors.ts'
+import { BusUnavailable, MessageTooLarge, Problem, StreamFull } from '../shared/errors.ts'
 import { eventJsonSchemas } from '../shared/events.ts'
 import type { Logger } from '../shared/process.ts'
+import { blobRoutes } from './blobs.ts'
+import { type FunctionRoutes, functionRoutes } from './functions.ts'
+import { type InvokeContext, invocationRoutes, invoker, isInvocation } from './invoke.ts'
 import { openApiDocument } from './openapi.ts'
-import { type WorkloadRoutes, workloadRoutes } from './workloads.ts'
+import { type SecretRoutes, secretRoutes } from './secrets.ts'
+import { workloadRoutes } from './workloads.ts'
 
-export interface AppOptions extends WorkloadRoutes {
-  log: Logger
-}
+export type AppOptions = InvokeContext & FunctionRoutes & SecretRoutes & { log: Logger }
 
 const methods = ['GET', 'POST', 'PUT', 'PATCH', 'DELETE']
 
@@ -24,10 +27,39 @@ function asProblem(error: Error): Problem {
     })
   if (error instanceof StreamFull)
     return new Problem('storage_full', { detail: error.message, retryAfterS: 10, cause: error })
+  if (error instanceof MessageTooLarge)
+    return new Problem('payload_too_large', {
+      detail: 'the request and its spec do not fit into a message',
+      cause: error,
+    })
   return new Problem('internal', {
     detail: 'the request failed inside vulcan; see the gateway’s log',
     cause: error,
   })
+}
+
+function problemAnswer(error: Error, path: string, log: Logger) {
+  const problem = asProblem(error)
+  if (problem.code === 'internal') log.error({ err: error, path }, 'request failed')
+  const headers: Record<string, string> = { 'Content-Type': 'application/problem+json' }
+  if (problem.retryAfterS !== undefined) headers['Retry-After'] = String(problem.retryAfterS)
+  return { body: JSON.stringify(problem), status: problem.status, headers }
+}
+
+/** All that a gateway answers: calls of functions by HTTP, and everything else by its router. */
+export function gatewayFetch(
+  options: AppOptions,
+): (request: Request, env: HttpBindings | Http2Bindings) => Response | Promise<Response> {
+  const app = gatewayApp(options)
+  const invoke = invoker(options)
+  // Only HTTP/1.1 is listened to.
+  return (request, env) =>
+    isInvocation(env.incoming as IncomingMessage)
+      ? invoke(request, env as HttpBindings).catch((error) => {
+          const { body, ...init } = problemAnswer(error, '/fn', options.log)
+          return new Response(body, init)
+        })
+      : app.fetch(request, env as HttpBindings)
 }
 
 export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }> {
@@ -35,13 +67,8 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
   const app = new Hono<{ Bindings: HttpBindings }>()
 
   app.onError((error, c) => {
-    const problem = asProblem(error)
-    if (problem.status >= 500 && problem.code === 'internal')
-      log.error({ err: error, path: c.req.path }, 'request failed')
-    if (problem.retryAfterS !== undefined) c.header('Retry-After', String(problem.retryAfterS))
-    return c.body(JSON.stringify(problem), problem.status as ContentfulStatusCode, {
-      'Content-Type': 'application/problem+json',
-    })
+    const { body, status, headers } = problemAnswer(error, c.req.path, log)
+    return c.body(body, status as ContentfulStatusCode, headers)
   })
   app.notFound((c) => {
     const allowed = methods.filter((method) =>
@@ -55,6 +82,10 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
   })
 
   app.route('/v1/workloads', workloadRoutes(options))
+  app.route('/v1/functions', invocationRoutes(options))
+  app.route('/v1/functions', functionRoutes(options))
+  app.route('/v1/blobs', blobRoutes(options))
+  app.route('/v1/secrets', secretRoutes(options))
   app.get('/v1/stats', (c) => reads.forward(c))
   app.get('/v1/backends', (c) => c.json({ backends: roster.backends() }))
 

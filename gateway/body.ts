@@ -8,19 +8,27 @@ const largeBytes = 1_048_576
 const budgetBytes = 512 * 1_048_576
 let held = 0
 
-const tooLarge = (limit: number) =>
+export const tooLarge = (limit: number) =>
   new Problem('payload_too_large', {
-    detail: `the body may have at most ${Math.floor(limit / 1_048_576)} MiB`,
+    detail: `the body may have at most ${limit < 1_048_576 ? `${Math.floor(limit / 1_024)} KiB` : `${Math.floor(limit / 1_048_576)} MiB`}`,
   })
 
 /**
  * Reads the whole body and hands it to `use`; it counts against the budget until `use` settles.
  * Throws `payload_too_large` as soon as the limit (bytes) is known to be passed.
  */
-export async function withBody<T>(c: Context, limit: number, use: (body: Buffer) => Promise<T>): Promise<T> {
-  const declared = Number(c.req.header('content-length') ?? Number.NaN)
+export const withBody = <T>(c: Context, limit: number, use: (body: Buffer) => Promise<T>): Promise<T> =>
+  withRequestBody(c.req.raw, limit, use)
+
+/** As `withBody`, for a request that no router has in hand. */
+export async function withRequestBody<T>(
+  request: Request,
+  limit: number,
+  use: (body: Buffer) => Promise<T>,
+): Promise<T> {
+  const declared = Number(request.headers.get('content-length') ?? Number.NaN)
   if (declared > limit) throw tooLarge(limit)
-  if (declared <= largeBytes) return await use(Buffer.from(await c.req.arrayBuffer()))
+  if (declared <= largeBytes) return await use(Buffer.from(await request.arrayBuffer()))
 
   let reserved = 0
   const reserve = (bytes: number) => {
@@ -33,7 +41,7 @@ export async function withBody<T>(c: Context, limit: number, use: (body: Buffer)
     if (declared > 0) reserve(declared)
     const chunks: Uint8Array[] = []
     let size = 0
-    for await (const chunk of c.req.raw.body ?? []) {
+    for await (const chunk of request.body ?? []) {
       size += chunk.byteLength
       if (size > limit) throw tooLarge(limit)
       if (size > reserved) reserve(chunk.byteLength)

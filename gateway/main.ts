@@ -1,15 +1,23 @@
 /** The gateway process: `node gateway/main.ts`. Stateless; start as many as you like on one bus. */
 import type { IncomingMessage, ServerResponse } from 'node:http'
+import { tmpdir } from 'node:os'
 import { setTimeout as delay } from 'node:timers/promises'
 import { serve } from '@hono/node-server'
 import { z } from 'zod'
 import { Blobs } from '../shared/blobs.ts'
 import { Bus } from '../shared/bus.ts'
-import { CommonConfig, readConfig } from '../shared/config.ts'
+import { CommonConfig, readConfig, secretKeyOf } from '../shared/config.ts'
+import { GatewayExchanges } from '../shared/exchange.ts'
 import { newProcessId } from '../shared/ids.ts'
+import { Meters } from '../shared/meters.ts'
 import { makeLogger, stopSignal, untilAborted } from '../shared/process.ts'
+import { Registry } from '../shared/registry.ts'
+import { SecretBox, Secrets } from '../shared/secrets.ts'
 import { ensureTopology } from '../shared/topology.ts'
-import { gatewayApp } from './app.ts'
+import { gatewayFetch } from './app.ts'
+import { Builder } from './build/build.ts'
+import { isInvocation } from './invoke.ts'
+import { LaneGate } from './lanes.ts'
 import { readsFrom } from './reads.ts'
 import { openRoster } from './roster.ts'
 import { Waits } from './waits.ts'
@@ -40,27 +48,40 @@ const { replicas } = config.topology
 const maxBodyBytes = Math.floor(config.maxBodyMb * 1_048_576)
 
 await using bus = await Bus.connect({ url: config.natsUrl, name: gatewayId }, stop)
-const [blobs, roster] = await whenStreamsStand()
+const box = await SecretBox.open(secretKeyOf(config))
+const [blobs, roster, registry, secrets, meters] = await whenStreamsStand()
+const gate = new LaneGate({ bus, registry, meters })
 const waits = new Waits(bus)
-const app = gatewayApp({
+const exchanges = new GatewayExchanges(bus, gatewayId)
+const fetch = gatewayFetch({
   bus,
   blobs,
   roster,
+  registry,
+  secrets,
+  box,
+  gate,
+  builder: new Builder({ cacheDir: config.cacheDir, tempDir: tmpdir(), env: process.env }),
+  topology: config.topology,
   gatewayId,
   waits,
+  exchanges,
   reads: readsFrom(config.dispatcherUrl),
   maxBodyBytes,
   maxWaitS: config.maxWaitS,
   log,
 })
 
-const server = serve({ fetch: app.fetch, hostname: config.host, port: config.port }, (address) =>
+// Bodies that are streamed to functions may take as long as the longest wait.
+const serverOptions = { requestTimeout: config.maxWaitS * 1_000 }
+const server = serve({ fetch, hostname: config.host, port: config.port, serverOptions }, (address) =>
   log.info({ address: address.address, port: address.port }, 'listening'),
 )
-// A body that is refused by its declared size is not asked for. What comes all the same is read and thrown away for
+// A body that is refused by its declared size is not asked for; one that is streamed to a function has no limit. What comes all the same is read and thrown away for
 // half a second (by node-server), so that the answer is not lost in a reset connection.
 server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => {
-  if (!(Number(request.headers['content-length']) > maxBodyBytes)) response.writeContinue()
+  if (isInvocation(request) || !(Number(request.headers['content-length']) > maxBodyBytes))
+    response.writeContinue()
   server.emit('request', request, response)
 })
 server.on('error', (error) => {
@@ -77,13 +98,24 @@ await new Promise<void>((resolve) => {
   setTimeout(() => 'closeAllConnections' in server && server.closeAllConnections(), 1_000).unref()
 })
 roster.close()
+exchanges.close()
+gate.close()
+meters.close()
+registry.close()
+secrets.close()
 
 /** Brings the streams to their shape, for as long as it takes a server to come up. */
 async function whenStreamsStand() {
   for (;;) {
     try {
       await ensureTopology(bus.jsm, config.topology)
-      return [await Blobs.open(bus, replicas), await openRoster(bus, replicas)] as const
+      return [
+        await Blobs.open(bus, replicas),
+        await openRoster(bus, replicas),
+        await Registry.open(bus, replicas),
+        await Secrets.open(bus, replicas, box),
+        await Meters.open(bus, replicas),
+      ] as const
     } catch (error) {
       stop.throwIfAborted()
       log.warn({ err: error }, 'waiting for the streams')

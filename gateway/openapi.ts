@@ -2,36 +2,11 @@
 import { z } from 'zod'
 import { createDocument, type ZodOpenApiOperationObject, type ZodOpenApiPathsObject } from 'zod-openapi'
 import { Backend } from '../shared/backends.ts'
-import { problems } from '../shared/errors.ts'
 import { LogLine, Workload, WorkloadId, WorkloadSpec } from '../shared/workload.ts'
-
-const ProblemBody = z
-  .object({
-    type: z.string(),
-    title: z.string(),
-    status: z.int(),
-    code: z.enum(Object.keys(problems) as [keyof typeof problems]),
-    detail: z.string(),
-    field: z.string().optional(),
-    errors: z.array(z.object({ field: z.string(), detail: z.string() })).optional(),
-  })
-  .meta({ id: 'Problem', description: 'RFC 9457' })
-
-const json = (schema: z.ZodType) => ({ 'application/json': { schema } })
-const problem = (description: string) => ({
-  description,
-  content: { 'application/problem+json': { schema: ProblemBody } },
-})
-const answers = (description: string, schema: z.ZodType) => ({ description, content: json(schema) })
+import { functionPaths } from './openapi-functions.ts'
+import { answers, json, problem, runHeaders, unavailable } from './openapi-parts.ts'
 
 const id = z.object({ id: WorkloadId })
-const runHeaders = z.object({
-  prefer: z.string().optional().meta({ description: '`wait=<seconds>` or `respond-async`' }),
-  'idempotency-key': z.string().min(1).max(255).optional(),
-  traceparent: z.string().optional(),
-})
-const unavailable = problem('The bus or the database cannot be reached; see Retry-After')
-
 const run = (summary: string, sync: boolean): ZodOpenApiOperationObject => ({
   summary,
   requestParams: { header: runHeaders },
@@ -109,6 +84,18 @@ const paths: ZodOpenApiPathsObject = {
         '200': answers('With `Prefer: wait`: the finished workload', Workload),
         '202': answers('Accepted', Workload),
         '404': problem('No such workload'),
+        '409': problem('Its request was streamed and not kept'),
+        '503': unavailable,
+      },
+    },
+  },
+  '/v1/workloads/{id}/response': {
+    get: {
+      summary: 'What an invocation by HTTP answered: its status, headers and body',
+      requestParams: { path: id },
+      responses: {
+        default: { description: 'The response as the function gave it' },
+        '404': problem('It has not ended yet, gave no response, or the response was streamed and not kept'),
         '503': unavailable,
       },
     },
@@ -140,6 +127,7 @@ const paths: ZodOpenApiPathsObject = {
       },
     },
   },
+  ...functionPaths,
   '/v1/backends': {
     get: {
       summary: 'Isolations, what they can do and who runs them',

@@ -8,6 +8,8 @@ import { storedEnds, workloadOf } from '../shared/subjects.ts'
 import type { WorkloadId } from '../shared/workload.ts'
 
 const lookAfterMs = 1_000
+/** The same where something else tells of the end as well. */
+const leniently = 15_000
 /** Look-ups on their way at once; with more waits than that a round takes longer. */
 const lookups = 16
 
@@ -15,10 +17,14 @@ export interface Wait {
   /** The end; undefined when the wait was given up. Never rejects. */
   readonly ended: Promise<EndEvent | undefined>
   giveUp(): void
+  /** The recorded end is looked for only now and then, for a wait that may be long and is not all there is. */
+  beLenient(): void
 }
 
 interface Waiting {
-  since: number
+  /** When the recorded end is looked for next, ms since the epoch. */
+  lookAt: number
+  everyMs: number
   resolve(event: EndEvent | undefined): void
 }
 
@@ -45,7 +51,7 @@ export class Waits {
   /** Begins to wait; to be called before the request is published. */
   begin(id: WorkloadId): Wait {
     const { promise, resolve } = Promise.withResolvers<EndEvent | undefined>()
-    const waiting: Waiting = { since: Date.now(), resolve }
+    const waiting: Waiting = { lookAt: Date.now() + lookAfterMs, everyMs: lookAfterMs, resolve }
     const others = this.#waiting.get(id)
     if (others === undefined) this.#waiting.set(id, new Set([waiting]))
     else others.add(waiting)
@@ -54,7 +60,11 @@ export class Waits {
       if (all?.delete(waiting) && all.size === 0) this.#waiting.delete(id)
       resolve(undefined)
     }
-    return { ended: promise, giveUp }
+    const beLenient = () => {
+      waiting.everyMs = leniently
+      waiting.lookAt = Date.now() + leniently
+    }
+    return { ended: promise, giveUp, beLenient }
   }
 
   /** Ends every wait for a workload. */
@@ -67,10 +77,14 @@ export class Waits {
     if (this.#looking || !this.#bus.connected) return
     this.#looking = true
     const now = Date.now()
-    const due = [...this.#waiting].filter(([, all]) =>
-      [...all].some(({ since }) => now - since >= lookAfterMs),
-    )
-    const queue = due.map(([id]) => id)
+    const queue: WorkloadId[] = []
+    for (const [id, all] of this.#waiting)
+      for (const waiting of all)
+        if (waiting.lookAt <= now) {
+          if (queue.at(-1) !== id) queue.push(id)
+          // A round may come a little early.
+          waiting.lookAt = now + waiting.everyMs - 100
+        }
     const worker = async () => {
       for (let id = queue.pop(); id !== undefined; id = queue.pop()) {
         const last = await this.#bus.lastEvent(id).catch(() => undefined)

@@ -6,7 +6,7 @@
  */
 import { z } from 'zod'
 import type { Blobs } from '../shared/blobs.ts'
-import type { Bus, StoredEvent } from '../shared/bus.ts'
+import type { StoredEvent } from '../shared/bus.ts'
 import { BusUnavailable, StreamFull } from '../shared/errors.ts'
 import {
   type AcceptedEvent,
@@ -18,14 +18,16 @@ import {
   makeEvent,
   type Origin,
 } from '../shared/events.ts'
-import { sha256Hex } from '../shared/ids.ts'
 import { mayRetry, retryDelay, standing } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import type { WorkMessage } from '../shared/queue.ts'
 import { controlSubject, eventSubject, lateSubject, logSubject } from '../shared/subjects.ts'
-import type { Cause, Receipt, WorkloadSpec } from '../shared/workload.ts'
+import type { BlobRef, Cause, LogLine, Receipt, WorkloadError, WorkloadSpec } from '../shared/workload.ts'
+import { Answer } from './answer.ts'
+import { type Assignment, type JobContext, Refusal, toJob } from './job.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
-import type { Job, Outcome, Prepared, Runner } from './runner.ts'
+import type { Outcome } from './runner.ts'
+import type { Stacks } from './stacks.ts'
 import type { Vigil } from './vigil.ts'
 
 /** Outputs larger than this (bytes of JSON) go through the object store: a message holds 1 MiB. */
@@ -44,6 +46,8 @@ export interface Held {
   halted: Exclude<StopReason, 'timeout'> | undefined
   /** The attempt that runs here now; undefined before and after. */
   attempt: number | undefined
+  /** Tells it that whoever called is gone; set while it runs by HTTP. */
+  leave: (() => void) | undefined
 }
 
 /** Stops a workload for good: also where its attempt is being stopped already and another would follow. */
@@ -52,9 +56,10 @@ export function halt(held: Held, reason: Exclude<StopReason, 'timeout'>): void {
   held.stop.abort(reason satisfies StopReason)
 }
 
-/** What is asked on a workload’s control subject: to end it, or whether its attempt runs there. */
+/** What is asked on a workload’s control subject: to end it, whether its attempt runs there, or that its caller is gone. */
 export const ControlRequest = z.discriminatedUnion('action', [
   z.object({ action: z.literal('kill') }),
+  z.object({ action: z.literal('gone') }),
   z.object({ action: z.literal('have'), attempt: z.int() }),
 ])
 export type ControlRequest = z.infer<typeof ControlRequest>
@@ -64,10 +69,8 @@ const haveTimeoutMs = 500
 /** Milliseconds between two tries to store an end where there is no room. */
 const fullRetryMs = 1_000
 
-export interface AttemptContext {
-  bus: Bus
-  blobs: Blobs
-  runner: Runner
+export interface AttemptContext extends JobContext {
+  stacks: Stacks
   runnerId: string
   ackWaitMs: number
   /** A completion for which there is no room for this long (ms) ends as `disk_full`. */
@@ -95,7 +98,13 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
     message.working()
     return
   }
-  const mine: Held = { message, stop: new AbortController(), halted: undefined, attempt: undefined }
+  const mine: Held = {
+    message,
+    stop: new AbortController(),
+    halted: undefined,
+    attempt: undefined,
+    leave: undefined,
+  }
   held.set(message.workload, mine)
   context.vigil.keep()
   try {
@@ -214,19 +223,25 @@ async function attempt(
   const { bus, runner, runnerId } = context
   const id = accepted.subject
   const { spec } = accepted.data
-  const job = await toJob(context, accepted, spec, n)
-  const prepared: Prepared | undefined = typeof job === 'string' ? undefined : runner.prepare(job)
+  const assigned = await toJob(context, accepted, n).catch((error: Error) => {
+    if (error instanceof Refusal) return error
+    throw error
+  })
+  const prepared = assigned instanceof Refusal ? undefined : runner.prepare(assigned.job)
   held.attempt = n
+  if (!(assigned instanceof Refusal) && assigned.job.http !== undefined) held.leave = assigned.leave
   try {
     const started = makeEvent('started', id, n, { attempt: n, runner: runnerId }, originOf(context, accepted))
     const stored = await bus.settleEvent(eventSubject(id, 'started'), started, expected)
     if (!stored.stored) return stored.last ?? 'gone'
-    if (prepared === undefined || typeof job === 'string') {
-      const error = { message: job as string, stack: null }
-      const end = endOf({ attempt: n, runner: runnerId, started_at: started.time, cause: 'internal', error })
+    if (prepared === undefined || assigned instanceof Refusal) {
+      const { reason, message } = assigned as Refusal
+      const error = { message, stack: null }
+      const end = endOf({ attempt: n, runner: runnerId, started_at: started.time, cause: reason, error })
       return await move(context, accepted, stored.seq, 'failed', end)
     }
 
+    const { job, redact, exchange } = assigned
     const book = openLogbook(context.logLimits, async (batch, lines, dropped) => {
       const event = makeEvent(
         'log',
@@ -237,14 +252,22 @@ async function attempt(
       )
       await bus.publishRecord(logSubject(id), event, `${id}.${n}.log.${batch}`)
     })
+    const write =
+      redact === undefined ? book.write : (line: LogLine) => book.write({ ...line, text: redact(line.text) })
+    const map = accepted.data.bundle?.map
+    const lines = map == null ? undefined : context.stacks.lines(map, write)
+    const answer = new Answer({ id, box: context.box, exchange, outputMb: spec.limits.output_mb })
     const clock = setTimeout(
       () => held.stop.abort('timeout' satisfies StopReason),
       spec.limits.timeout_s * 1_000,
     )
     context.vigil.keep()
     const before = performance.now()
-    const outcome = await prepared.run(held.stop.signal, book.write).finally(() => clearTimeout(clock))
+    const outcome = await prepared
+      .run(held.stop.signal, { onLog: lines?.write ?? write, respond: answer.respond })
+      .finally(() => clearTimeout(clock))
     const duration = Math.round((performance.now() - before) * 1_000) / 1_000
+    await lines?.settled()
     const logs = book.close()
     if (!book.settled) await book.flushed()
 
@@ -265,16 +288,18 @@ async function attempt(
       logs,
       receipt,
     }
-    const verdict = judge(outcome, held.stop.signal.reason, spec)
-    if (verdict.kind === 'completed')
-      return await complete(
-        context,
-        accepted,
-        stored.seq,
-        { ...base, exit_code: verdict.exitCode },
-        verdict.output,
-      )
-    const { cause, error, exitCode } = verdict
+    const verdict = judge(outcome, held.stop.signal.reason, spec, answer)
+    if (verdict.kind === 'completed') {
+      const parts = async (patience: number) => ({
+        ...(await storeOutput(context.blobs, verdict.output, patience)),
+        ...(await responseOf(context, job, answer, outcome, patience)),
+      })
+      const size = () => Buffer.byteLength(verdict.output) + answer.kept(outcome)
+      const end = { ...base, exit_code: verdict.exitCode }
+      return await complete(context, accepted, stored.seq, end, { parts, size })
+    }
+    const { cause, exitCode } = verdict
+    const error = await readable(context, accepted, assigned, verdict.error)
     if (verdict.kind === 'failed' && mayRetry(spec.retry, cause, n)) {
       const not_before = new Date(Date.now() + retryDelay(spec.retry, n)).toISOString()
       return await move(context, accepted, stored.seq, 'retrying', {
@@ -285,16 +310,48 @@ async function attempt(
         not_before,
       })
     }
+    // Of a response that did not come to its end the caller has the beginning all the same.
+    const response = exchange === undefined ? {} : await responseOf(context, job, answer, outcome, 0)
     return await move(
       context,
       accepted,
       stored.seq,
       verdict.kind,
-      endOf({ ...base, cause, error, exit_code: exitCode }),
+      endOf({ ...base, ...response, cause, error, exit_code: exitCode }),
     )
   } finally {
     held.attempt = undefined
+    held.leave = undefined
     prepared?.release()
+    if (!(assigned instanceof Refusal)) assigned.exchange?.close()
+  }
+}
+
+async function responseOf(
+  context: AttemptContext,
+  job: Assignment['job'],
+  answer: Answer,
+  outcome: Outcome,
+  fullMs: number,
+): Promise<Pick<End, 'response'>> {
+  if (job.http === undefined) return {}
+  const response = await answer.toEvent(outcome, (bytes) => storePatiently(context.blobs, bytes, fullMs))
+  return response === undefined ? {} : { response }
+}
+
+/** The error with the user’s own lines in its stack, without the values of secrets, and not too long. */
+async function readable(
+  context: AttemptContext,
+  accepted: AcceptedEvent,
+  { redact }: Assignment,
+  { message, stack }: WorkloadError,
+): Promise<WorkloadError> {
+  const map = accepted.data.bundle?.map
+  if (stack !== null && map != null) stack = await context.stacks.toSource(stack, map)
+  if (redact !== undefined) [message, stack] = [redact(message), stack === null ? null : redact(stack)]
+  return {
+    message: message.slice(0, errorLength),
+    stack: stack === null ? null : stack.slice(0, errorLength),
   }
 }
 
@@ -308,18 +365,25 @@ type Verdict =
     }
 
 /** What an outcome means, given why it was stopped, if it was. */
-function judge(outcome: Outcome, reason: StopReason | undefined, spec: WorkloadSpec): Verdict {
+function judge(
+  outcome: Outcome,
+  reason: StopReason | undefined,
+  spec: WorkloadSpec,
+  answer: Answer,
+): Verdict {
+  answer.check(outcome)
+  if (answer.excess !== undefined && outcome.status !== 'stopped')
+    return {
+      kind: 'failed',
+      cause: 'output_too_large',
+      error: { message: answer.excess, stack: null },
+      exitCode: null,
+    }
   switch (outcome.status) {
     case 'completed':
       return { kind: 'completed', output: outcome.output, exitCode: outcome.exitCode }
-    case 'failed': {
-      const { message, stack } = outcome.error
-      const error = {
-        message: message.slice(0, errorLength),
-        stack: stack === null ? null : stack.slice(0, errorLength),
-      }
-      return { kind: 'failed', cause: outcome.cause, error, exitCode: outcome.exitCode }
-    }
+    case 'failed':
+      return { kind: 'failed', cause: outcome.cause, error: outcome.error, exitCode: outcome.exitCode }
     case 'stopped': {
       const stopped = (kind: 'failed' | 'killed', cause: Cause, message: string): Verdict => ({
         kind,
@@ -351,15 +415,16 @@ async function complete(
   accepted: AcceptedEvent,
   expected: number,
   base: Partial<End> & Pick<End, 'attempt' | 'runner'>,
-  output: string,
+  /** Output and response, as far as there are, stored within so many ms, and how large they are (bytes). */
+  { parts, size }: { parts: (patienceMs: number) => Promise<Partial<End>>; size: () => number },
 ): Promise<Next> {
   for (let patience = context.fullMs; ; patience = fullRetryMs) {
     try {
-      const end = endOf({ ...base, ...(await storeOutput(context.blobs, output, patience)) })
+      const end = endOf({ ...base, ...(await parts(patience)) })
       return await move(context, accepted, expected, 'completed', end, patience)
     } catch (error) {
       if (!(error instanceof StreamFull)) throw error
-      const message = `its output of ${Buffer.byteLength(output)} bytes could not be stored: ${error.message}`
+      const message = `its output of ${size()} bytes could not be stored: ${error.message}`
       const end = endOf({ ...base, cause: 'disk_full', error: { message, stack: null } })
       try {
         return await move(context, accepted, expected, 'failed', end, 0)
@@ -402,39 +467,6 @@ async function move<K extends 'retrying' | EndKind>(
   return stored.last ?? 'gone'
 }
 
-/** The job of an attempt, its payload fetched; a text where the payload is gone for good. */
-async function toJob(
-  context: AttemptContext,
-  accepted: AcceptedEvent,
-  spec: WorkloadSpec,
-  attempt: number,
-): Promise<Job | string> {
-  let { code, input } = spec
-  if (accepted.data.payload !== null) {
-    const bytes = await context.blobs.get(accepted.data.payload.blob).catch((error: Error) => {
-      if (error instanceof BusUnavailable) throw error
-      return error.message
-    })
-    if (typeof bytes === 'string') return bytes
-    if (bytes === undefined) return `its payload ${accepted.data.payload.blob} is no longer stored`
-    const payload = JSON.parse(Buffer.from(bytes).toString()) as { code?: string; input?: unknown }
-    code = payload.code ?? code
-    if ('input' in payload) input = payload.input
-  }
-  if (code === undefined) return `${context.runner.isolation} runs source code, and this workload has none`
-  return {
-    id: accepted.subject,
-    attempt,
-    runtime: spec.runtime ?? 'javascript',
-    code,
-    codeSha256: sha256Hex(code),
-    input: input === undefined ? undefined : JSON.stringify(input),
-    env: spec.env,
-    limits: spec.limits,
-    traceparent: accepted.traceparent,
-  }
-}
-
 /** Throws `StreamFull` where there has been no room for `fullMs`. */
 async function storeOutput(
   blobs: Blobs,
@@ -445,10 +477,15 @@ async function storeOutput(
   // Written again it can be longer: `1e20` becomes 21 digits.
   if (output.length <= inlineOutputBytes / 6 || Buffer.byteLength(JSON.stringify(value)) <= inlineOutputBytes)
     return { output: value, output_blob: null }
+  return { output: null, output_blob: await storePatiently(blobs, Buffer.from(output), fullMs) }
+}
+
+/** Throws `StreamFull` where there has been no room for `fullMs`. */
+async function storePatiently(blobs: Blobs, bytes: Uint8Array, fullMs: number): Promise<BlobRef> {
   let fullSince: number | undefined
   for (;;) {
     try {
-      return { output: null, output_blob: await blobs.put(Buffer.from(output)) }
+      return await blobs.put(bytes)
     } catch (error) {
       if (!(error instanceof BusUnavailable || error instanceof StreamFull)) throw error
       if (error instanceof StreamFull) {

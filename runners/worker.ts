@@ -7,14 +7,19 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { backendKey, type Heartbeat, heartbeatMs } from '../shared/backends.ts'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
+import type { Meters } from '../shared/meters.ts'
 import { type Logger, untilAborted } from '../shared/process.ts'
-import { pullWork } from '../shared/queue.ts'
+import type { Registry } from '../shared/registry.ts'
+import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
-import { workConsumer } from '../shared/topology.ts'
 import type { Isolation } from '../shared/workload.ts'
 import { ControlRequest, type Held, halt, parseJson, takeWork } from './attempt.ts'
+import { Bundles } from './bundles.ts'
+import { openIntake } from './lanes.ts'
 import type { LogLimits } from './logbook.ts'
+import { startPrewarm } from './prewarm.ts'
 import type { Probe, Runner } from './runner.ts'
+import { Stacks } from './stacks.ts'
 import { Vigil } from './vigil.ts'
 
 /** Milliseconds between two writes of the isolation’s last known capabilities; they are kept 15 minutes. */
@@ -27,6 +32,11 @@ const fullMs = 30_000
 export interface WorkerOptions {
   bus: Bus
   blobs: Blobs
+  secrets: Pick<Secrets, 'values'>
+  box: SecretBox
+  /** Names the lanes that work is taken from beside the common queue, and what is kept warm. */
+  registry: Pick<Registry, 'lanes' | 'list' | 'version' | 'onChange'>
+  meters: Meters
   runner: Runner
   runnerId: string
   slots: number
@@ -43,9 +53,14 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, log } = options
   const held = new Map<string, Held>()
   const vigil = new Vigil(() => held.size === 1)
+  const bundles = new Bundles(blobs)
   const context = {
     bus,
     blobs,
+    bundles,
+    stacks: new Stacks(bundles),
+    secrets: options.secrets,
+    box: options.box,
     runner,
     runnerId,
     ackWaitMs,
@@ -84,14 +99,30 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     const request = ControlRequest.safeParse(parseJson(message.string()))
     if (!request.success) return
     if (request.data.action === 'kill') halt(mine, 'killed')
-    else if (request.data.attempt !== mine.attempt) return
+    else if (request.data.action === 'gone') {
+      if (mine.leave === undefined) return
+      mine.leave()
+    } else if (request.data.attempt !== mine.attempt) return
     message.respond('{"ok":true}')
   })
 
   await announce(bus, options.replicas, heartbeat(false), stop)
   beat()
-  const puller = pullWork(bus, workConsumer(runner.isolation), slots, (message) => {
-    void takeWork(context, message).finally(() => puller.release())
+  const intake = openIntake({
+    bus,
+    isolation: runner.isolation,
+    slots,
+    lanes: options.registry,
+    meters: options.meters,
+    handle: (message) => takeWork(context, message),
+    log,
+  })
+  using _prewarm = startPrewarm({
+    isolation: runner.isolation,
+    functions: options.registry,
+    bundles,
+    runner,
+    log,
   })
 
   // Another runner takes over an ack wait after this one was last heard; by then nothing may run here, whether the
@@ -127,7 +158,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
 
   await untilAborted(stop)
   log.info({ active: held.size }, 'stopping')
-  await puller.stop()
+  await intake.stop()
   const deadline = Date.now() + drainMs
   while (held.size > 0 && Date.now() < deadline) await delay(20)
   stopAll('shutdown')

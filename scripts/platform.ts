@@ -48,7 +48,7 @@ export class StartError extends Error {
 
 /** An operator's shell may hold tokens; processes that start other people's code get only what they can need. */
 const inherited =
-  /^(VULCAN_.+|OTEL_.+|NODE_.+|PATH|HOME|USER|LANG|LC_.+|TZ|TMPDIR|XDG_.+|SSL_CERT_.+|(HTTPS?|NO)_PROXY)$/i
+  /^(VULCAN_.+|OTEL_.+|NODE_.+|PATH|HOME|USER|LANG|LC_.+|TZ|TMPDIR|XDG_.+|SSL_CERT_.+|(HTTPS?|NO)_PROXY|NPM_CONFIG_(REGISTRY|(HTTPS_)?PROXY|NOPROXY|CA|CAFILE|STRICT_SSL))$/i
 
 /**
  * Reads the configuration from environment variables. An empty variable counts as unset.

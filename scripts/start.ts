@@ -1,3 +1,4 @@
+import { deployExamples } from './examples.ts'
 import { type Platform, platformConfig, StartError, startPlatform } from './platform.ts'
 import { ensureBubblewrap } from './setup.ts'
 import { NotReadyError } from './supervisor.ts'
@@ -39,6 +40,7 @@ vulcan is ready
 
   curl -s ${platform.url}/v1/workloads -H 'content-type: application/json' -d '${JSON.stringify(workload)}'
 `)
+  if (!stop.signal.aborted) void showExamples(platform.url)
   if (!stop.signal.aborted) {
     await new Promise((resolve) => stop.signal.addEventListener('abort', resolve, { once: true }))
   }
@@ -49,5 +51,16 @@ vulcan is ready
   if (!stop.signal.aborted) {
     console.error(expected ? `vulcan: ${error.message}` : error)
     process.exitCode = 1
+  }
+}
+
+/** In the background: what is missing for an example, npm's registry say, is no reason not to run. */
+async function showExamples(url: string): Promise<void> {
+  try {
+    await deployExamples(url, log, stop.signal)
+    const answer = await fetch(`${url}/v1/functions/hello-js`, { signal: stop.signal })
+    if (answer.ok) log(`\n  curl -s '${url}/fn/hello-js?name=vulcan'\n`)
+  } catch (error) {
+    if (!stop.signal.aborted) log(`the examples could not be deployed: ${(error as Error).message}`)
   }
 }

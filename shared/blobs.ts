@@ -1,4 +1,5 @@
 /** Content-addressed bytes in the object store: payloads too large for a message, bundles, archives. */
+import { createHash } from 'node:crypto'
 import { JetStreamApiError } from '@nats-io/jetstream'
 import { type ObjectInfo, type ObjectStore, Objm } from '@nats-io/obj'
 import { headers } from '@nats-io/transport-node'
@@ -44,13 +45,19 @@ export class Blobs {
    * there is no room, else `BusUnavailable`.
    */
   async put(bytes: Uint8Array): Promise<BlobRef> {
-    const digest = digestOf(bytes)
+    const ref = { blob: digestOf(bytes), size: bytes.byteLength }
+    return await this.putStream(ref, () => ReadableStream.from([bytes]))
+  }
+
+  /** The same for bytes whose digest and size are known; `bytes` is called where they are not stored yet. */
+  async putStream(ref: BlobRef, bytes: () => ReadableStream<Uint8Array>): Promise<BlobRef> {
+    const digest = ref.blob
     try {
       const known = await this.#info(digest)
-      if (isFresh(known)) return { blob: digest, size: bytes.byteLength }
+      if (isFresh(known)) return ref
       // Of several that put the same bytes one wins; the others’ chunks are purged by the client.
       const previousRevision = known?.revision ?? 0
-      await this.#store.putBlob({ name: digest }, bytes, { previousRevision }).catch(async (error) => {
+      await this.#store.put({ name: digest }, bytes(), { previousRevision }).catch(async (error) => {
         if (!isFresh(await this.#info(digest))) throw error
       })
     } catch (cause) {
@@ -58,7 +65,7 @@ export class Blobs {
       if (isNoRoom(cause)) throw new StreamFull(cause.message, { cause })
       throw new BusUnavailable('the blob could not be stored', { cause })
     }
-    return { blob: digest, size: bytes.byteLength }
+    return ref
   }
 
   /**
@@ -66,25 +73,43 @@ export class Blobs {
    * `BusUnavailable` where trying again can help.
    */
   async get(digest: Digest): Promise<Uint8Array | undefined> {
+    const opened = await this.open(digest)
+    if (opened === undefined) return undefined
+    const parts: Uint8Array[] = []
+    for await (const part of opened.chunks) parts.push(part)
+    return Buffer.concat(parts)
+  }
+
+  /**
+   * The bytes piece by piece; undefined when there are none. Reading throws `BlobCorrupt` at the end where they were
+   * others than the digest says, and `BusUnavailable` where trying again can help.
+   */
+  async open(digest: Digest): Promise<{ size: number; chunks: AsyncGenerator<Uint8Array> } | undefined> {
     const info = await this.#info(digest)
     if (info === null || info.deleted) return undefined
     // The client waits for ever for chunks that are not there.
     const chunks =
       info.size === 0 ? 1 : await this.#bus.lastSequence(`OBJ_${BLOBS}`, `$O.${BLOBS}.C.${info.nuid}`)
     if (chunks === 0) throw new BlobCorrupt(`blob ${digest} has lost its bytes`)
-    let bytes: Uint8Array
+    return { size: info.size, chunks: this.#read(digest) }
+  }
+
+  async *#read(digest: Digest): AsyncGenerator<Uint8Array> {
+    const hash = createHash('sha256')
     try {
       const object = await this.#store.get(digest)
-      if (object === null) return undefined
+      if (object === null) throw new Error('it was removed')
       object.error.catch(() => {})
-      bytes = await readAll(object.data)
+      for await (const part of unstalled(object.data)) {
+        hash.update(part)
+        yield part
+      }
     } catch (cause) {
       if (/corrupt/.test((cause as Error).message))
         throw new BlobCorrupt(`blob ${digest} holds other bytes`, { cause })
       throw new BusUnavailable(`blob ${digest} could not be read`, { cause })
     }
-    if (digestOf(bytes) !== digest) throw new BlobCorrupt(`blob ${digest} holds other bytes`)
-    return bytes
+    if (`sha256:${hash.digest('hex')}` !== digest) throw new BlobCorrupt(`blob ${digest} holds other bytes`)
   }
 
   /** Size in bytes; undefined when there is no such blob. */
@@ -139,23 +164,21 @@ export class Blobs {
 const isFresh = (info: ObjectInfo | null): boolean =>
   info !== null && !info.deleted && Date.now() - Date.parse(info.mtime) < blobGraceMs / 2
 
-async function readAll(data: ReadableStream<Uint8Array>): Promise<Uint8Array> {
+async function* unstalled(data: ReadableStream<Uint8Array>): AsyncGenerator<Uint8Array> {
   const reader = data.getReader()
-  const parts: Uint8Array[] = []
-  for (;;) {
-    let timer: NodeJS.Timeout | undefined
-    const stalled = new Promise<never>((_, reject) => {
-      timer = setTimeout(() => reject(new Error(`no chunk came for ${stallMs} ms`)), stallMs)
-    })
-    try {
-      const { done, value } = await Promise.race([reader.read(), stalled])
-      if (done) return Buffer.concat(parts)
-      parts.push(value)
-    } catch (error) {
-      void reader.cancel().catch(() => {})
-      throw error
-    } finally {
-      clearTimeout(timer)
+  let over = false
+  try {
+    for (;;) {
+      let timer: NodeJS.Timeout | undefined
+      const stalled = new Promise<never>((_, reject) => {
+        timer = setTimeout(() => reject(new Error(`no chunk came for ${stallMs} ms`)), stallMs)
+      })
+      const { done, value } = await Promise.race([reader.read(), stalled]).finally(() => clearTimeout(timer))
+      over = done
+      if (done) return
+      yield value
     }
+  } finally {
+    if (!over) void reader.cancel().catch(() => {})
   }
 }

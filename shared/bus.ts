@@ -1,6 +1,6 @@
 /**
  * The one door to NATS: a connection that mends itself, publishing under the referee, and reading back.
- * Nothing outside `shared/bus.ts`, `blobs.ts`, `queue.ts` and `follow.ts` talks to the NATS client.
+ * Nothing outside `shared/bus.ts`, `blobs.ts`, `bucket.ts`, `queue.ts` and `follow.ts` talks to the NATS client.
  */
 import { setTimeout } from 'node:timers/promises'
 import {
@@ -407,7 +407,7 @@ export class Bus implements AsyncDisposable {
   }
 
   /** Core publish: may be lost. While disconnected it is dropped rather than kept. */
-  send(subject: string, payload: string): void {
+  send(subject: string, payload: string | Uint8Array): void {
     if (this.connected) this.publish(subject, payload)
   }
 
@@ -421,7 +421,7 @@ export class Bus implements AsyncDisposable {
   }
 
   /** One request with one answer; undefined when nobody answers within `timeoutMs`. */
-  async ask(subject: string, payload: string, timeoutMs: number): Promise<string | undefined> {
+  async ask(subject: string, payload: string | Uint8Array, timeoutMs: number): Promise<string | undefined> {
     try {
       return (await this.nc.request(subject, payload, { timeout: timeoutMs })).string()
     } catch {

@@ -1,6 +1,8 @@
 /**
  * Configuration, read once in each `main.ts` by a zod schema and passed down. Nothing else reads `process.env`.
  */
+import { homedir } from 'node:os'
+import { join } from 'node:path'
 import { z } from 'zod'
 import { fieldPath } from './errors.ts'
 import { TopologyOptions } from './topology.ts'
@@ -11,10 +13,22 @@ export const CommonConfig = z.object({
   /** Address to listen on. */
   host: z.string().default('127.0.0.1'),
   dataDir: z.string().default('.vulcan'),
+  /** What was downloaded or can be made again. */
+  cacheDir: z.string().default(() => join(homedir(), '.cache', 'vulcan')),
   logLevel: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'silent']).default('info'),
+  /** What secrets are encrypted with: base64 of 32 bytes; where it is not set, the file has it. */
+  secretsKey: z.string().optional(),
+  /** Default: `secrets.key` in the data directory. */
+  secretsKeyFile: z.string().optional(),
   topology: TopologyOptions.prefault({}),
 })
 export type CommonConfig = z.infer<typeof CommonConfig>
+
+/** What `SecretBox.open` takes. */
+export const secretKeyOf = (config: CommonConfig): { key?: string | undefined; file: string } => ({
+  key: config.secretsKey,
+  file: config.secretsKeyFile ?? join(config.dataDir, 'secrets.key'),
+})
 
 type Env = Record<string, string | undefined>
 
@@ -23,7 +37,10 @@ const common = {
   natsUrl: 'NATS_URL',
   host: 'VULCAN_HOST',
   dataDir: 'VULCAN_DATA_DIR',
+  cacheDir: 'VULCAN_CACHE_DIR',
   logLevel: 'VULCAN_LOG_LEVEL',
+  secretsKey: 'VULCAN_SECRETS_KEY',
+  secretsKeyFile: 'VULCAN_SECRETS_KEY_FILE',
   'topology.replicas': 'VULCAN_REPLICAS',
   'topology.ackWaitMs': 'VULCAN_ACK_WAIT_MS',
   'topology.eventsMaxAgeH': 'VULCAN_EVENTS_MAX_AGE_H',

@@ -17,12 +17,15 @@ export const problems = {
   alias_not_found: [404, 'There is no such alias of the function'],
   response_not_found: [404, 'The workload has no response that was kept'],
   build_failed: [422, 'The project cannot be built'],
+  build_unavailable: [503, 'This host cannot build projects'],
   invalid_archive: [422, 'The archive is not acceptable'],
   function_conflict: [409, 'The function was changed at the same moment'],
   not_repeatable: [409, 'The request was not kept and cannot be sent again'],
   queue_full: [429, 'The function’s queue is full'],
   invocation_failed: [502, 'The function failed before it answered'],
   invocation_timeout: [504, 'The function did not answer in time'],
+  invocation_stopped: [503, 'The function was stopped before it answered'],
+  upgrade_unsupported: [501, 'Connections to functions cannot be upgraded'],
   workload_not_found: [404, 'There is no such workload'],
   not_found: [404, 'There is no such route'],
   method_not_allowed: [405, 'The route does not take this method'],
@@ -37,11 +40,17 @@ export const problems = {
 
 export type ProblemCode = keyof typeof problems
 
+/** One of several things that are wrong: with a field, or at a place in a project’s file. */
+export type ProblemPart =
+  | { field: string; detail: string }
+  /** Lines and columns count from 1. */
+  | { detail: string; file: string | null; line: number | null; column: number | null }
+
 export interface ProblemDetails {
   detail: string
   /** Path of the bad field, such as `limits.timeout_s`. */
   field?: string | undefined
-  errors?: { field: string; detail: string }[] | undefined
+  errors?: ProblemPart[] | undefined
   retryAfterS?: number | undefined
   cause?: unknown
 }
@@ -50,7 +59,7 @@ export interface ProblemDetails {
 export class Problem extends Error {
   readonly code: ProblemCode
   readonly field: string | undefined
-  readonly errors: { field: string; detail: string }[] | undefined
+  readonly errors: ProblemPart[] | undefined
   /** Seconds after which trying again makes sense; undefined where it does not. */
   readonly retryAfterS: number | undefined
   constructor(code: ProblemCode, details: ProblemDetails) {

@@ -3,6 +3,7 @@
  * Keys: `function.{name}`, `version.{name}.{version}`, `lane.{isolation}.{lane}`.
  */
 import { z } from 'zod'
+import { Problem } from './errors.ts'
 import { BlobRef, Digest, FunctionName, Isolation, Runtime, SpecFields, VersionId } from './workload.ts'
 
 /** `latest` always stands for the newest version and cannot be set. */
@@ -133,8 +134,83 @@ export const Lane = z.strictObject({
 })
 export type Lane = z.infer<typeof Lane>
 
-/** The lane of a function that has a concurrency or rate limit; undefined: the common queue. */
+/**
+ * The lane of a function that has a limit of any kind; undefined: the common queue. One with a queue limit alone has
+ * a lane too, unbounded: what of it waits can be counted nowhere else.
+ */
 export const laneOf = (
   name: FunctionName,
-  spec: Pick<FunctionSpec, 'concurrency' | 'rate'>,
-): string | undefined => (spec.concurrency === null && spec.rate === null ? undefined : `fn-${name}`)
+  spec: Pick<FunctionSpec, 'concurrency' | 'rate' | 'queue_limit'>,
+): string | undefined =>
+  spec.concurrency === null && spec.rate === null && spec.queue_limit === null ? undefined : `fn-${name}`
+
+/**
+ * The versions that a call without a ref may mean, the most likely first: what `live` stands for where it is set,
+ * else the latest; none of a deleted function.
+ */
+export function currentVersions(record: FunctionRecord): VersionId[] {
+  if (record.deleted_at !== null) return []
+  const { live } = record.aliases
+  if (live === undefined) return [record.latest]
+  if ('version' in live) return [live.version]
+  return Object.entries(live.weights)
+    .sort(([, a], [, b]) => b - a)
+    .map(([version]) => version)
+}
+
+/**
+ * The lanes of a function, one for each isolation that a version with limits has. All versions of an isolation share
+ * one, so that a limit holds over a deploy too; its numbers are those of the current version, or of the newest that
+ * has any.
+ */
+export function lanesOf(
+  record: FunctionRecord,
+  version: (id: VersionId) => FunctionVersion | undefined,
+): Lane[] {
+  if (record.deleted_at !== null) return []
+  const lanes = new Map<Isolation, Lane>()
+  for (const id of [...currentVersions(record), ...record.versions.map((one) => one.version)]) {
+    const found = version(id)
+    const lane = found && laneOf(record.name, found.spec)
+    if (found === undefined || lane === undefined || lanes.has(found.isolation)) continue
+    const { isolation, spec } = found
+    const { concurrency, rate } = spec
+    lanes.set(isolation, { lane, isolation, function: record.name, concurrency, rate })
+  }
+  return [...lanes.values()]
+}
+
+/**
+ * Which version a call means, and by which alias or version: without a `ref`, alias `live` where it is set, else the
+ * latest. A split is drawn with `random` (0 to 1). Throws `function_not_found`, `version_not_found` or
+ * `alias_not_found`.
+ */
+export function resolve(
+  record: FunctionRecord,
+  ref: string | undefined,
+  random: () => number = Math.random,
+): { version: VersionId; ref: string } {
+  const { name, aliases, latest, versions } = record
+  if (record.deleted_at !== null)
+    throw new Problem('function_not_found', { detail: `function ${name} was deleted` })
+  const called = ref ?? (aliases.live === undefined ? 'latest' : 'live')
+  if (called === 'latest') return { version: latest, ref: called }
+  const target = Object.hasOwn(aliases, called) ? aliases[called] : undefined
+  if (target !== undefined)
+    return { version: 'version' in target ? target.version : draw(target.weights, random()), ref: called }
+  if (!VersionId.safeParse(called).success)
+    throw new Problem('alias_not_found', { detail: `function ${name} has no alias ${called}` })
+  if (!versions.some(({ version }) => version === called))
+    throw new Problem('version_not_found', { detail: `function ${name} has no version ${called}` })
+  return { version: called, ref: called }
+}
+
+function draw(weights: Record<VersionId, number>, point: number): VersionId {
+  const entries = Object.entries(weights)
+  let left = point * entries.reduce((sum, [, weight]) => sum + weight, 0)
+  for (const [version, weight] of entries) {
+    left -= weight
+    if (left < 0) return version
+  }
+  return entries.at(-1)![0]
+}

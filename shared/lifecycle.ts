@@ -2,10 +2,19 @@
  * The lifecycle as a table, and the fold that turns a workload’s events into its record. Pure: the dispatcher
  * folds streams with it, the gateway a single answer, the runner reads a workload’s state off its last event.
  */
-import { type EndEvent, type HttpCall, isEnd, type LifecycleEvent } from './events.ts'
+import {
+  type Accepted,
+  type EndEvent,
+  type HttpAnswer,
+  type HttpBody,
+  type HttpCall,
+  isEnd,
+  type LifecycleEvent,
+} from './events.ts'
 import {
   type BlobRef,
   type Cause,
+  type Digest,
   platformCauses,
   type Retry,
   type Status,
@@ -40,6 +49,12 @@ export interface WorkloadRecord extends Omit<Workload, 'output'> {
   /** The spec as accepted; large `code` and `input` stand in `payload`. */
   spec: WorkloadSpec
   payload: BlobRef | null
+  /** The code of a deployed function. */
+  bundle: NonNullable<Accepted['bundle']> | null
+  /** Of a call by HTTP: the blob its body stands in, if it does. */
+  request_blob: BlobRef | null
+  /** Of a call by HTTP that answered: head and body, as far as it was kept. */
+  response: HttpAnswer | null
   request_sha256: string
   rerun_of: string | null
   /** Number of log batches of the last attempt, known at the end. */
@@ -78,11 +93,20 @@ export function begin(
     runner: null,
     spec,
     payload,
+    bundle: event.data.bundle ?? null,
+    request_blob: bodyBlob(event.data.http?.body),
+    response: null,
     request_sha256,
     rerun_of,
     last_log: null,
   }
 }
+
+/** The blob that a body of a call by HTTP stands in, if it does. */
+export const bodyBlob = (body: HttpBody | undefined): BlobRef | null =>
+  typeof body === 'object' && body !== null && 'blob' in body
+    ? { blob: body.blob as Digest, size: body.size as number }
+    : null
 
 const httpOf = (call: HttpCall | null | undefined): Workload['http'] =>
   call == null ? null : { method: call.method, path: new URL(call.url).pathname, status: null }
@@ -109,6 +133,7 @@ export function finish(record: WorkloadRecord, event: EndEvent, seq: number): Wo
     receipt: data.receipt,
     http: record.http === null ? null : { ...record.http, status: data.response?.status ?? null },
     runner: data.runner,
+    response: data.response ?? null,
     last_log: data.logs?.last ?? null,
     last_seq: seq,
   }

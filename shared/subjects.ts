@@ -38,7 +38,7 @@ export const rollCallSubject = 'vulcan.roll-call'
 export const replySubject = (gateway: string, id: WorkloadId) => `vulcan.reply.${gateway}.${id}`
 export const allReplies = (gateway: string) => `vulcan.reply.${gateway}.*`
 
-/** vulcan.request.{workload}: the request body as it comes, credits for the response, or that the caller is gone. Core NATS. */
+/** vulcan.request.{workload}: the request body as it comes, and credits for the response; see `exchange.ts`. Core NATS. */
 export const requestSubject = (id: WorkloadId) => `vulcan.request.${id}`
 
 export const allRunners = 'vulcan.runners.*'

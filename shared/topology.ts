@@ -4,6 +4,7 @@
  */
 import type { ConsumerConfig, JetStreamManager, StreamConfig } from '@nats-io/jetstream'
 import { z } from 'zod'
+import type { Lane } from './functions.ts'
 import { Isolation } from './workload.ts'
 
 export const EVENTS = 'VULCAN_EVENTS'
@@ -11,6 +12,9 @@ export const WORK = 'VULCAN_WORK'
 export const LOGS = 'VULCAN_LOGS'
 export const BLOBS = 'vulcan_blobs'
 export const BACKENDS = 'vulcan_backends'
+export const FUNCTIONS = 'vulcan_functions'
+export const SECRETS = 'vulcan_secrets'
+export const RATES = 'vulcan_rates'
 
 /** What an operator can set of the streams; read from the environment by `shared/config.ts`. */
 export const TopologyOptions = z.object({
@@ -83,25 +87,62 @@ export function streams(options: TopologyOptions): (Partial<StreamConfig> & { na
 /** Durable name of the queue that any runner of an isolation pulls from. */
 export const workConsumer = (isolation: Isolation): string => isolation
 
-export const consumers = (options: TopologyOptions): (Partial<ConsumerConfig> & { durable_name: string })[] =>
-  Isolation.options.map(
-    (isolation) =>
-      ({
-        durable_name: workConsumer(isolation),
-        description: `Work for any ${isolation} runner`,
-        filter_subject: `vulcan.work.${isolation}.any.*`,
-        ack_policy: 'explicit',
-        deliver_policy: 'all',
-        ack_wait: options.ackWaitMs * 1_000_000,
-        max_deliver: -1,
-        max_ack_pending: 100_000,
-        max_waiting: 4_096,
-      }) as Partial<ConsumerConfig> & { durable_name: string },
+/** Durable name of a lane’s queue. */
+export const laneConsumer = ({ isolation, lane }: Pick<Lane, 'isolation' | 'lane'>): string =>
+  `${isolation}_${lane}`
+
+type WorkConsumer = Partial<ConsumerConfig> & { durable_name: string }
+
+/** What a consumer without a bound of its own may have delivered and not acknowledged. */
+const unbounded = 100_000
+
+const consumerOf = (
+  options: TopologyOptions,
+  durable_name: string,
+  target: string,
+  description: string,
+  bound: number,
+): WorkConsumer =>
+  ({
+    durable_name,
+    description,
+    filter_subject: `vulcan.work.${target}.*`,
+    ack_policy: 'explicit',
+    deliver_policy: 'all',
+    ack_wait: options.ackWaitMs * 1_000_000,
+    max_deliver: -1,
+    max_ack_pending: bound,
+    max_waiting: 4_096,
+  }) as WorkConsumer
+
+export const consumers = (options: TopologyOptions): WorkConsumer[] =>
+  Isolation.options.map((isolation) =>
+    consumerOf(
+      options,
+      workConsumer(isolation),
+      `${isolation}.any`,
+      `Work for any ${isolation} runner`,
+      unbounded,
+    ),
+  )
+
+/** The server itself bounds what of a lane is out at once, over all runners and whatever becomes of them. */
+export const laneConfig = (options: TopologyOptions, lane: Lane): WorkConsumer =>
+  consumerOf(
+    options,
+    laneConsumer(lane),
+    `${lane.isolation}.${lane.lane}`,
+    `Invocations of ${lane.function}`,
+    lane.concurrency ?? unbounded,
   )
 
 /** `10058` stream name in use with another configuration; `10148` consumer exists; both mean: update. */
 const exists = (error: unknown): boolean =>
   error instanceof Error && 'code' in error && [10058, 10148, 10013, 10105].includes(Number(error.code))
+
+/** `10014` no such consumer, `10059` no such stream. */
+const isMissing = (error: unknown): boolean =>
+  error instanceof Error && 'code' in error && [10014, 10059].includes(Number(error.code))
 
 /**
  * Brings streams and consumers to their definitions; safe to call from several processes at once and at any time.
@@ -116,24 +157,103 @@ export async function ensureTopology(jsm: JetStreamManager, options: TopologyOpt
       await jsm.streams.update(config.name, config)
     }
   }
-  for (const config of consumers(options)) {
-    try {
-      await jsm.consumers.add(WORK, config)
-    } catch (error) {
-      if (!exists(error)) throw error
-      await jsm.consumers.update(WORK, config.durable_name, config)
-    }
+  for (const config of consumers(options)) await ensureConsumer(jsm, config)
+}
+
+async function ensureConsumer(jsm: JetStreamManager, config: WorkConsumer): Promise<void> {
+  try {
+    await jsm.consumers.add(WORK, config)
+  } catch (error) {
+    if (!exists(error)) throw error
+    await jsm.consumers.update(WORK, config.durable_name, config)
   }
 }
 
-/** Deletes a work consumer and makes it anew. What was delivered and not acknowledged is then delivered again. */
+/**
+ * Brings a lane’s consumer to its definition, as often as one likes; its position and what is out stay as they are.
+ * To be called before anything is published to the lane. A bound that shrinks holds for what starts from then on.
+ */
+export const ensureLane = (jsm: JetStreamManager, options: TopologyOptions, lane: Lane): Promise<void> =>
+  ensureConsumer(jsm, laneConfig(options, lane))
+
+/**
+ * Removes a lane’s consumer where its queue is empty; false where it is not, and all stays as it is. Only for a
+ * lane that nothing is published to any more. What slipped in meanwhile waits in the stream for `ensureLane`.
+ */
+export async function removeLane(
+  jsm: JetStreamManager,
+  options: TopologyOptions,
+  lane: Lane,
+): Promise<boolean> {
+  const name = laneConsumer(lane)
+  try {
+    const { num_pending, num_ack_pending } = await jsm.consumers.info(WORK, name)
+    if (num_pending > 0 || num_ack_pending > 0) return false
+    await jsm.consumers.delete(WORK, name)
+  } catch (error) {
+    if (!isMissing(error)) throw error
+  }
+  const subjects_filter = `vulcan.work.${lane.isolation}.${lane.lane}.*`
+  const { state } = await jsm.streams.info(WORK, { subjects_filter })
+  if (Object.keys(state.subjects ?? {}).length > 0) {
+    await ensureLane(jsm, options, lane)
+    return false
+  }
+  await jsm.streams.purge(`KV_${RATES}`, { filter: `$KV.${RATES}.${name}` }).catch((error) => {
+    if (!isMissing(error)) throw error
+  })
+  return true
+}
+
+/** How a work consumer does, and by which settings. */
+export interface WorkQueueInfo {
+  name: string
+  pending: number
+  /** Delivered and not acknowledged. */
+  out: number
+  /** Open pulls. */
+  waiting: number
+  /** Consumer sequence of the last delivery. */
+  delivered: number
+  maxOut: number
+  ackWaitMs: number
+}
+
+/** All work consumers, by name. */
+export async function workQueues(jsm: JetStreamManager): Promise<Map<string, WorkQueueInfo>> {
+  const found = new Map<string, WorkQueueInfo>()
+  for await (const info of jsm.consumers.list(WORK))
+    found.set(info.name, {
+      name: info.name,
+      pending: info.num_pending,
+      out: info.num_ack_pending,
+      waiting: info.num_waiting,
+      delivered: info.delivered.consumer_seq,
+      maxOut: info.config.max_ack_pending ?? 0,
+      ackWaitMs: (info.config.ack_wait ?? 0) / 1_000_000,
+    })
+  return found
+}
+
+/** True where a lane’s consumer is as `ensureLane` would leave it. */
+export function isAsWanted(options: TopologyOptions, lane: Lane, info: WorkQueueInfo | undefined): boolean {
+  const { max_ack_pending } = laneConfig(options, lane)
+  return info !== undefined && info.maxOut === max_ack_pending && info.ackWaitMs === options.ackWaitMs
+}
+
+/**
+ * Deletes the consumer of an isolation’s common queue, or of a lane, and makes it anew. What was delivered and not
+ * acknowledged is then delivered again.
+ */
 export async function recreateConsumer(
   jsm: JetStreamManager,
   options: TopologyOptions,
-  isolation: Isolation,
+  queue: Isolation | Lane,
 ): Promise<void> {
-  const name = workConsumer(isolation)
-  const config = consumers(options).find(({ durable_name }) => durable_name === name)!
-  await jsm.consumers.delete(WORK, name)
+  const config =
+    typeof queue === 'string'
+      ? consumers(options).find(({ durable_name }) => durable_name === workConsumer(queue))!
+      : laneConfig(options, queue)
+  await jsm.consumers.delete(WORK, config.durable_name)
   await jsm.consumers.add(WORK, config)
 }

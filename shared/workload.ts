@@ -118,7 +118,7 @@ export const Egress = z.union([z.enum(['none', 'all']), z.array(HostPort).min(1)
 export type Egress = z.infer<typeof Egress>
 
 const IsolationChoice = z.union([z.literal('auto'), Isolation, z.array(Isolation).min(1).max(4)])
-const EnvName = z.string().regex(/^[A-Za-z_][A-Za-z0-9_]{0,255}$/, 'must be a name such as MODE')
+export const EnvName = z.string().regex(/^[A-Za-z_][A-Za-z0-9_]{0,255}$/, 'must be a name such as MODE')
 const LabelName = z
   .string()
   .regex(/^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$/, 'must be 1 to 63 of A–Z a–z 0–9 . _ / -')

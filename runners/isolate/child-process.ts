@@ -4,25 +4,32 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { closeSync, openSync, readFileSync, readSync, writeFileSync } from 'node:fs'
+import type { Writable } from 'node:stream'
 import { FrameDecoder, FrameError } from '../../shared/frames.ts'
 import type { Cause, LogLevel } from '../../shared/workload.ts'
+import { readResponseHead } from './heads.ts'
 import { killOrphans } from './orphans.ts'
 import {
   type DoneHeader,
   decodeMessage,
   encodeMessage,
+  type Kind,
   kinds,
   logLevels,
   type Message,
   maxChatterBytes,
   type RunHeader,
 } from './protocol.ts'
+import type { Entry } from './traffic.ts'
 import { childMarker, type Walls } from './walls.ts'
 
 /** Who is told about the run under way. */
 export interface Occupant {
   onLine(level: LogLevel, text: string): void
-  onDone(header: DoneHeader, output: string | undefined): void
+  /** `body` is that of a response, where the header has one: a view that is gone after the call. */
+  onDone(header: DoneHeader, output: string | undefined, body: Buffer | undefined): void
+  /** Of the kinds that concern streams, responses and fetches. Throws `FrameError`. */
+  onMessage(message: Message): void
   /** The child does not hold the code any more. */
   onNeed(): void
   /** The process is gone, and all of its output has been read. */
@@ -38,6 +45,8 @@ export interface ChildEvents {
 
 /** Bytes of standard error that are kept: V8’s last words. */
 const stderrBytes = 8 * 1024
+/** A child that leaves so much unread of what it asked for is given up. */
+const maxUnreadBytes = 32 * 1024 * 1024
 /** A child that is not ready after so many ms is given up. */
 const readyMs = 10_000
 /** After a process exits, its pipes close at once; where they do not in so many ms, an orphan holds them. */
@@ -59,6 +68,8 @@ const outOfMemory =
 export class SandboxChild {
   /** Isolates it is believed to hold warm. */
   readonly keys = new Set<string>()
+  /** It has let go of isolates since somebody last looked. */
+  dropped = false
   version = ''
   ready = false
   dying = false
@@ -75,6 +86,7 @@ export class SandboxChild {
   readonly #decoder = new FrameDecoder(maxChatterBytes)
   #occupant: Occupant | undefined
   #run = 0
+  #runBytes = 0
   #stderr = ''
   #innerPid: number | undefined
   #statm: number | undefined
@@ -89,9 +101,12 @@ export class SandboxChild {
       detached: true,
       env: {},
       cwd: '/',
-      stdio: ['pipe', 'pipe', 'pipe'],
+      stdio: ['pipe', 'pipe', 'pipe', ...(walls.extra === undefined ? [] : (['pipe'] as const))],
     })
     this.#process = child
+    const extra = child.stdio[3] as Writable | null | undefined
+    extra?.on('error', () => {})
+    extra?.end(walls.extra)
     this.#readyTimer = setTimeout(() => this.kill('protocol', true), readyMs)
     child.stdin!.on('error', () => {})
     child.stdout!.on('error', () => {})
@@ -161,6 +176,7 @@ export class SandboxChild {
     ctx: string,
     code: string | undefined,
     input: string | undefined,
+    request?: Entry,
   ): void {
     this.#occupant = occupant
     this.#run = (this.#run + 1) >>> 0
@@ -168,9 +184,25 @@ export class SandboxChild {
     this.since = performance.now()
     this.keys.add(header.key)
     this.#decoder.maxBytes = header.output_bytes + maxChatterBytes
-    this.#process.stdin!.write(
-      encodeMessage(kinds.run, this.#run, [JSON.stringify(header), ctx, code, input]),
-    )
+    const frame = encodeMessage(kinds.run, this.#run, [
+      JSON.stringify(header),
+      ctx,
+      code,
+      input,
+      request?.head,
+      request?.body,
+    ])
+    this.#runBytes = frame.length
+    this.#process.stdin!.write(frame)
+  }
+
+  /** A message about the run under way. */
+  post(kind: Kind, parts: (string | Uint8Array | undefined)[], number: number): void {
+    if (this.#occupant === undefined || this.dying) return
+    const stdin = this.#process.stdin!
+    stdin.write(encodeMessage(kind, this.#run, parts, number))
+    // What it asks for is bounded; answers pile up only where it asks and does not read.
+    if (stdin.writableLength > this.#runBytes + maxUnreadBytes) this.kill('protocol', true)
   }
 
   cancel(reason: string): void {
@@ -219,7 +251,8 @@ export class SandboxChild {
     }
   }
 
-  #onMessage({ kind, run, parts }: Message): void {
+  #onMessage(message: Message): void {
+    const { kind, run, parts } = message
     if (kind === kinds.ready && !this.ready) {
       this.version = parts[0]?.toString('latin1', 0, 100) ?? ''
       this.#onReady()
@@ -239,9 +272,10 @@ export class SandboxChild {
       case kinds.done: {
         const header = readDone(parts[0])
         for (const key of header.dropped) this.keys.delete(key)
+        if (header.dropped.length > 0) this.dropped = true
         this.#occupant = undefined
         this.#decoder.maxBytes = maxChatterBytes
-        occupant.onDone(header, parts[1]?.toString())
+        occupant.onDone(header, parts[1]?.toString(), parts[2])
         break
       }
       case kinds.need:
@@ -250,7 +284,7 @@ export class SandboxChild {
         occupant.onNeed()
         break
       default:
-        throw new FrameError(`a message of unknown kind ${kind}`)
+        occupant.onMessage(message)
     }
   }
 
@@ -328,5 +362,6 @@ function readDone(part: Buffer | undefined): DoneHeader {
     Array.isArray(dropped) &&
     dropped.every(isText)
   if (!sound) throw new FrameError('an end that makes no sense')
+  if (header.response !== undefined) header.response = readResponseHead(header.response)
   return header
 }

@@ -1,6 +1,7 @@
 /**
  * Entry of a sandbox child: a process that holds isolates and nothing else. It reads runs from its standard input,
- * one at a time, and writes lines and results to its standard output. Argument: path of isolated-vm’s addon.
+ * one at a time, and writes lines and results to its standard output. Arguments: path of isolated-vm’s addon, path of
+ * the bundle of web APIs, MiB that the isolates kept warm may hold together.
  */
 import { writeSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -20,20 +21,26 @@ import {
   maxRequestBytes,
   type RunHeader,
 } from './protocol.ts'
-import { type CallEnd, Sandbox } from './sandbox.ts'
+import { type CallEnd, Sandbox, type SandboxHost } from './sandbox.ts'
+import { isolateFlags } from './web/flags.ts'
+import { WebCode } from './web/host.ts'
 
-/** Isolates kept warm, and the memory they may hold together, in MiB. */
-const maxWarm = 16
-const maxWarmMb = 192
+/** Isolates kept warm, however small they are. */
+const maxWarm = 128
+const maxWarmMb = Number(process.argv[4])
 
 // Isolates overflow their stack long before this process does, so that a callback made from the depth of a
 // recursion still has room to work in.
-setFlagsFromString('--stack-size=984')
+setFlagsFromString(isolateFlags)
 const { ivm } = createRequire(import.meta.url)(process.argv[2]!)
 
 interface Held {
   sandbox: Sandbox
   heapMb: number
+  /** Wanted warm: let go of only when there is nothing else. */
+  keep: boolean
+  /** Made before its first call was there. */
+  early: boolean
 }
 interface Run {
   number: number
@@ -46,7 +53,7 @@ interface Run {
 /** By key, the longest unused first. */
 const warm = new Map<string, Held>()
 /** What `prepare` found wrong with the code it was given last. */
-let prepareFailed: { key: string; message: string } | undefined
+let prepareFailed: { key: string; message: string; reason: InvalidCode['reason'] } | undefined
 let dropped: string[] = []
 let current: Run | undefined
 
@@ -67,8 +74,8 @@ function write(buffer: Buffer): void {
   }
 }
 
-const send = (kind: Kind, run: number, parts: (string | undefined)[]) =>
-  write(encodeMessage(kind, run, parts))
+const send = (kind: Kind, run: number, parts: (string | Uint8Array | undefined)[], number = 0) =>
+  write(encodeMessage(kind, run, parts, number))
 
 const lineBuffer = Buffer.allocUnsafe(maxLineBytes)
 
@@ -81,10 +88,14 @@ function cutLine(text: string): string {
   return `${lineBuffer.toString('utf8', 0, kept)} … [line cut: it had ${size} bytes]`
 }
 
-const host = {
+const host: SandboxHost = {
   ivm,
+  web: new WebCode(ivm, process.argv[3]!),
   log(level: number, text: string) {
     if (current !== undefined) send(kinds.log, current.number, [logLevels[level] ?? 'info', cutLine(text)])
+  },
+  send(kind, parts, number) {
+    if (current !== undefined) send(kind, current.number, parts, number)
   },
 }
 
@@ -100,33 +111,42 @@ function drop(key: string): void {
 function trim(except: string): void {
   let total = 0
   for (const held of warm.values()) total += held.heapMb
-  for (const [key, held] of warm) {
-    if (warm.size <= maxWarm && total <= maxWarmMb) return
-    if (key === except) continue
-    total -= held.heapMb
-    drop(key)
-  }
+  for (const kept of [false, true])
+    for (const [key, held] of warm) {
+      if (warm.size <= maxWarm && total <= maxWarmMb) return
+      if (key === except || held.keep !== kept) continue
+      total -= held.heapMb
+      drop(key)
+    }
 }
 
 /** Throws `InvalidCode`. */
-function create(header: RunHeader, code: string): Sandbox {
+function create(header: RunHeader, code: string): Held {
   const sandbox = new Sandbox(host, header.memory_mb)
   try {
     sandbox.compile(code, header.typescript)
   } catch (error) {
+    const reported = sandbox.outOfMemory(error) ?? error
     sandbox.dispose()
-    throw error
+    throw reported
   }
-  warm.set(header.key, { sandbox, heapMb: 2 })
+  const keep = header.keep === true
+  const held = { sandbox, heapMb: sandbox.memoryNow()?.heapMb ?? 0, keep, early: keep }
+  warm.set(header.key, held)
   trim(header.key)
-  return sandbox
+  return held
 }
 
-function answer(number: number, header: Omit<DoneHeader, 'dropped'>, output?: string): void {
+function answer(
+  number: number,
+  header: Omit<DoneHeader, 'dropped'>,
+  output?: string,
+  body?: string | Uint8Array,
+): void {
   const text = JSON.stringify({ ...header, dropped })
   if (dropped.length > 0) dropped = []
   current = undefined
-  send(kinds.done, number, [text, output])
+  send(kinds.done, number, [text, output, body])
 }
 
 function ended(run: Run, end: CallEnd): void {
@@ -137,14 +157,13 @@ function ended(run: Run, end: CallEnd): void {
   const held = warm.get(key)
   if (held !== undefined && memory !== null) held.heapMb = memory.heapMb
   const usage = { cpu_ms: sandbox.cpuMs - cpuBefore, memory_mb: memory?.heapMb ?? sandbox.memoryMb }
-  if (!sandbox.reusable) drop(key)
-  if (end.status === 'completed')
-    answer(
-      number,
-      { status: 'completed', cause: null, message: null, stack: null, start, ...usage },
-      end.output,
-    )
-  else
+  const worn = sandbox.atWork ? { worn: true as const } : {}
+  if (!sandbox.reusable || sandbox.isWorn(usage.memory_mb)) drop(key)
+  if (end.status === 'completed') {
+    const header = { status: end.status, cause: null, message: null, stack: null, start, ...usage, ...worn }
+    const { response } = end
+    answer(number, response === undefined ? header : { ...header, response }, end.output, end.body)
+  } else
     answer(number, {
       status: 'failed',
       cause: end.cause,
@@ -152,14 +171,15 @@ function ended(run: Run, end: CallEnd): void {
       stack: end.stack,
       start,
       ...usage,
+      ...worn,
     })
   trim(key)
 }
 
-function refuse(number: number, message: string): void {
+function refuse(number: number, { message, reason }: Pick<InvalidCode, 'message' | 'reason'>): void {
   answer(number, {
     status: 'failed',
-    cause: 'invalid_workload',
+    cause: reason,
     message,
     stack: null,
     start: 'cold',
@@ -178,32 +198,34 @@ function run(message: Message) {
   const number = message.run
   const failed = prepareFailed
   prepareFailed = undefined
-  if (failed !== undefined && failed.key === key) return refuse(number, failed.message)
+  if (failed !== undefined && failed.key === key) return refuse(number, failed)
   let held = warm.get(key)
   let start: 'cold' | 'warm' = 'warm'
   if (held === undefined) {
     const code = textOf(message.parts[2])
     if (code === undefined) return send(kinds.need, number, [])
     try {
-      create(header, code)
+      held = create(header, code)
     } catch (error) {
-      if (error instanceof InvalidCode) return refuse(number, error.message)
+      if (error instanceof InvalidCode) return refuse(number, error)
       throw error
     }
-    held = warm.get(key)!
   } else {
     // To the end of the line of those that may be dropped.
     warm.delete(key)
     warm.set(key, held)
   }
   const { sandbox } = held
-  if (!sandbox.called) start = 'cold'
+  const head = textOf(message.parts[4])
+  if (!sandbox.called && !held.early) start = 'cold'
   const mine: Run = { number, key, sandbox, start, cpuBefore: start === 'cold' ? 0 : sandbox.cpuMs }
   current = mine
   sandbox.call({
     ctx: textOf(message.parts[1])!,
     input: textOf(message.parts[3]),
     outputBytes: header.output_bytes,
+    inlineBytes: header.inline_bytes,
+    request: head === undefined ? undefined : { head, body: header.follows === true || message.parts[5] },
     onEnd: (end) => ended(mine, end),
   })
 }
@@ -211,12 +233,16 @@ function run(message: Message) {
 function prepare(message: Message): void {
   const header = headerOf(message)
   prepareFailed = undefined
-  if (warm.has(header.key)) return
+  const held = warm.get(header.key)
+  if (held !== undefined) {
+    held.keep = header.keep ?? held.keep
+    return
+  }
   try {
     create(header, textOf(message.parts[1])!)
   } catch (error) {
     if (!(error instanceof InvalidCode)) throw error
-    prepareFailed = { key: header.key, message: error.message }
+    prepareFailed = { key: header.key, message: error.message, reason: error.reason }
   }
 }
 
@@ -224,7 +250,8 @@ function cancel(message: Message): void {
   const run = current
   if (run === undefined || run.number !== message.run) return
   run.sandbox.abort(textOf(message.parts[0]) ?? 'aborted')
-  if (current !== run) return
+  // What goes on outside of the isolate goes on after it: then only the end of the process ends it.
+  if (current !== run || run.sandbox.atWork) return
   const usage = { cpu_ms: run.sandbox.cpuMs - run.cpuBefore, memory_mb: run.sandbox.memoryNow()?.heapMb ?? 0 }
   run.sandbox.dispose()
   drop(run.key)
@@ -244,7 +271,7 @@ function onFrame(frame: Buffer): void {
   if (message.kind === kinds.run) run(message)
   else if (message.kind === kinds.prepare) prepare(message)
   else if (message.kind === kinds.cancel) cancel(message)
-  else throw new Error(`a message of kind ${message.kind}`)
+  else if (current !== undefined && current.number === message.run) current.sandbox.receive(message)
 }
 
 const input = new Socket({

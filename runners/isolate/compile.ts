@@ -7,6 +7,11 @@ import { stripTypeScriptTypes } from 'node:module'
 /** The code cannot be run as it is; `message` says what and where. */
 export class InvalidCode extends Error {
   override name = 'InvalidCode'
+  readonly reason: 'invalid_workload' | 'oom'
+  constructor(message: string, reason: 'invalid_workload' | 'oom' = 'invalid_workload') {
+    super(message)
+    this.reason = reason
+  }
 }
 
 export const sourceName = (typescript: boolean) => (typescript ? 'index.ts' : 'index.js')
@@ -38,6 +43,6 @@ export function userStack(stack: string): string {
   const boundary = lines.findIndex((line) => line.includes('(<isolated-vm boundary>)'))
   return lines
     .slice(0, boundary < 0 ? lines.length : boundary)
-    .filter((line) => !/^\s+at .*vulcan:(?:guest|hook|main)/.test(line))
+    .filter((line) => !/^\s+at .*vulcan:(?:guest|hook|main|node|web)/.test(line))
     .join('\n')
 }

@@ -1,12 +1,18 @@
 /** The isolate runner: JavaScript and TypeScript in V8 isolates, in child processes behind walls. */
 import { createHash } from 'node:crypto'
 import { availableParallelism } from 'node:os'
+import { EgressGate, type EgressOptions } from '../egress.ts'
 import type { Capabilities, Job, Outcome, Probe, Runner } from '../runner.ts'
 import { killOrphans } from './orphans.ts'
 import { Pool, type PoolOptions } from './pool.ts'
 import { childMarker, type WallOptions, type Walls, wallCandidates } from './walls.ts'
+import { webBundle } from './web/bundle.ts'
 
 export interface IsolateOptions extends WallOptions {
+  /** What user code may reach where its policy lets it: see `egress.ts`. */
+  egress?: EgressOptions
+  /** MiB that the isolates kept warm in one child may hold together; default 192. */
+  warmMb?: number
   /** Child processes kept ready; default: one per core, at least 2. */
   min?: number
   /** Workloads that can run at once; default 32. */
@@ -15,8 +21,17 @@ export interface IsolateOptions extends WallOptions {
   idleMs?: number
 }
 
+/** MiB of warm isolates in one child. */
+const warmMb = 192
 /** A host that cannot run one expression in so many ms does not offer isolates. */
 const probeMs = 5_000
+
+const unheard = {
+  onLog() {},
+  respond(): never {
+    throw new Error('the probe answers nothing')
+  },
+}
 
 type Found = { pool: Pool; capabilities: Capabilities } | { pool?: undefined; reason: string }
 
@@ -24,7 +39,8 @@ const whatBringsIt = 'npm ci with Node 20 or newer brings isolated-vm and the No
 
 /** Runs `1 + 1` behind the strongest walls this host can do. */
 export async function probeIsolate(options: IsolateOptions = {}): Promise<Probe> {
-  const found = await findWalls(options, { min: 1, max: 1, idleMs: 60_000 })
+  await using egress = new EgressGate()
+  const found = await findWalls(options, { min: 1, max: 1, idleMs: 60_000 }, egress)
   if (found.pool === undefined) return { available: false, reason: found.reason, fix: whatBringsIt }
   await found.pool.close()
   return { available: true, capabilities: found.capabilities }
@@ -34,7 +50,8 @@ export async function probeIsolate(options: IsolateOptions = {}): Promise<Probe>
 export async function createIsolateRunner(options: IsolateOptions = {}): Promise<Runner> {
   const min = options.min ?? Math.max(2, availableParallelism())
   const max = Math.max(options.max ?? 32, min)
-  const found = await findWalls(options, { min, max, idleMs: options.idleMs ?? 30_000 })
+  const egress = new EgressGate(options.egress)
+  const found = await findWalls(options, { min, max, idleMs: options.idleMs ?? 30_000 }, egress)
   if (found.pool === undefined) throw new Error(`isolates are not available: ${found.reason}`)
   const { pool, capabilities } = found
   await pool.filled()
@@ -42,32 +59,46 @@ export async function createIsolateRunner(options: IsolateOptions = {}): Promise
     isolation: 'isolate',
     capabilities,
     prepare: (job) => pool.prepare(job),
+    prewarm: (code, count) => pool.prewarm(code, count),
     pids: () => pool.pids(),
-    [Symbol.asyncDispose]: () => pool.close(),
+    async [Symbol.asyncDispose]() {
+      await pool.close()
+      await egress[Symbol.asyncDispose]()
+    },
   }
 }
 
 const capabilitiesOf = ({ names, missing }: Walls, version: string) => ({
   runtimes: ['javascript' as const, 'typescript' as const],
-  egress: ['none' as const],
+  egress: ['none' as const, 'all' as const, 'allowlist' as const],
   walls: names,
   missing,
   version: `V8 ${version}`,
 })
 
 /** The first walls behind which a workload really runs, with the pool that ran it. */
-async function findWalls(options: WallOptions, poolOptions: PoolOptions): Promise<Found> {
+async function findWalls(
+  options: IsolateOptions,
+  poolOptions: PoolOptions,
+  egress: EgressGate,
+): Promise<Found> {
   killOrphans(childMarker)
+  let web: string
+  try {
+    web = (await webBundle()).path
+  } catch (error) {
+    return { reason: `the web APIs could not be bundled: ${(error as Error).message}` }
+  }
   let candidates: Walls[]
   try {
-    candidates = wallCandidates(options)
+    candidates = wallCandidates(options, web, options.warmMb ?? warmMb)
   } catch (error) {
     return { reason: `isolated-vm was not found: ${(error as Error).message}` }
   }
   let reason = 'nothing was tried'
   for (const walls of candidates) {
-    const pool = new Pool(walls, poolOptions)
-    const outcome = await pool.prepare(probeJob()).run(AbortSignal.timeout(probeMs), () => {})
+    const pool = new Pool(walls, poolOptions, egress)
+    const outcome = await pool.prepare(probeJob()).run(AbortSignal.timeout(probeMs), unheard)
     if (outcome.status === 'completed' && outcome.output === '2')
       return { pool, capabilities: capabilitiesOf(walls, pool.version) }
     reason = describe(outcome)
@@ -88,8 +119,11 @@ function probeJob(): Job {
     code,
     codeSha256: createHash('sha256').update(code).digest('hex'),
     input: undefined,
+    http: undefined,
     env: {},
     limits: { timeout_s: probeMs / 1000, memory_mb: 16, cpu: 1, pids: 1, output_mb: 1 },
+    egress: 'none',
+    function: undefined,
     traceparent: undefined,
   }
 }

@@ -3,10 +3,12 @@
  * have harmed. One child runs one workload at a time, so that whatever happens to it is the doing of that one.
  */
 import { availableParallelism } from 'node:os'
-import type { LogLevel, LogLine } from '../../shared/workload.ts'
-import type { Job, Outcome, Prepared } from '../runner.ts'
+import type { LogLevel } from '../../shared/workload.ts'
+import type { EgressGate } from '../egress.ts'
+import { inlineResponseBytes, type Job, type Outcome, type Prepared, type RunEvents } from '../runner.ts'
 import { type Occupant, SandboxChild } from './child-process.ts'
-import type { DoneHeader, RunHeader } from './protocol.ts'
+import type { DoneHeader, Message, RunHeader } from './protocol.ts'
+import { Traffic } from './traffic.ts'
 import type { Walls } from './walls.ts'
 
 export interface PoolOptions {
@@ -42,10 +44,15 @@ const sampleRuns = 50
 const backoffMs = 50
 const maxBackoffMs = 2_000
 
+/** How long after a child came or let go of isolates, in ms, it is looked whether code is held warm often enough. */
+const topUpMs = 100
+
 /** What may be resident for a limit of `limitMb` on top of an idle child: V8’s young generation, garbage, buffers. */
 const allowanceMb = (limitMb: number) => limitMb * 1.5 + 64
 
 export class Pool {
+  /** By which the code of its runs reaches the network. */
+  readonly egress: EgressGate
   readonly #walls: Walls
   readonly #options: PoolOptions
   readonly #children = new Set<SandboxChild>()
@@ -55,6 +62,9 @@ export class Pool {
   #watch: NodeJS.Timeout | undefined
   #shrink: NodeJS.Timeout
   #retry: NodeJS.Timeout | undefined
+  #topping: NodeJS.Timeout | undefined
+  /** By key. */
+  readonly #prewarmed = new Map<string, { header: RunHeader; code: string; count: number }>()
   #failures = 0
   #lastFailure = ''
   #closed = false
@@ -65,8 +75,9 @@ export class Pool {
   #meanCpuMs = 0
   #onChange: (() => void) | undefined
 
-  constructor(walls: Walls, options: PoolOptions) {
+  constructor(walls: Walls, options: PoolOptions, egress: EgressGate) {
     this.#walls = walls
+    this.egress = egress
     this.#options = options
     for (let i = 0; i < options.min; i++) this.#spawn()
     this.#shrink = setInterval(() => this.#letGo(), Math.max(50, options.idleMs / 4))
@@ -119,6 +130,18 @@ export class Pool {
     this.#waiting = this.#waiting.filter((other) => other !== attempt)
   }
 
+  /** Keeps children ready with this code, as far as there are any; 0 lets them go. */
+  prewarm(code: Code, count: number): void {
+    const header: RunHeader = { ...headerOf(code), keep: count > 0 }
+    if (count > 0) this.#prewarmed.set(header.key, { header, code: code.code, count })
+    else {
+      this.#prewarmed.delete(header.key)
+      for (const child of this.#children)
+        if (child.ready && child.keys.has(header.key)) child.prepare(header, code.code)
+    }
+    this.#topUp()
+  }
+
   /** Gives back a child that is ready for the next run. */
   giveBack(child: SandboxChild) {
     if (child.dying) return
@@ -130,8 +153,12 @@ export class Pool {
     }
     child.since = now
     const next = this.#waiting.shift()
-    if (next !== undefined) next.begin(child)
-    else this.#idle.push(child)
+    if (next !== undefined) return next.begin(child)
+    this.#idle.push(child)
+    if (child.dropped) {
+      child.dropped = false
+      this.#topUpSoon()
+    }
   }
 
   /** Replaces a child that nobody should use again. */
@@ -162,6 +189,7 @@ export class Pool {
     this.#closed = true
     clearTimeout(this.#patience)
     clearTimeout(this.#retry)
+    clearTimeout(this.#topping)
     clearInterval(this.#watch)
     clearInterval(this.#shrink)
     for (const attempt of this.#waiting.splice(0)) attempt.unavailable('the runner is shutting down')
@@ -172,6 +200,37 @@ export class Pool {
           if (this.#children.size === 0) resolve()
         }
       })
+  }
+
+  /** Soon, and not more often than it takes: children come and go by the dozen. */
+  #topUpSoon(): void {
+    if (this.#prewarmed.size === 0 || this.#closed) return
+    this.#topping ??= setTimeout(() => {
+      this.#topping = undefined
+      this.#topUp()
+    }, topUpMs)
+  }
+
+  #topUp(): void {
+    for (const { header, code, count } of this.#prewarmed.values()) {
+      let held = 0
+      for (const child of this.#children) if (!child.dying && child.keys.has(header.key)) held++
+      // Those with the least in them first; one that runs is not disturbed.
+      const others = this.#idle.filter((child) => !child.keys.has(header.key))
+      others.sort((a, b) => a.keys.size - b.keys.size)
+      for (const child of others.slice(0, Math.max(0, count - held))) {
+        child.prepare(header, code)
+        held++
+      }
+      if (held < count) this.#refill()
+    }
+  }
+
+  /** Children wanted whether or not anything runs. */
+  get #least(): number {
+    let most = this.#options.min
+    for (const { count } of this.#prewarmed.values()) most = Math.max(most, count)
+    return Math.min(most, this.#options.max)
   }
 
   #isWarm(key: string): boolean {
@@ -192,6 +251,7 @@ export class Pool {
         this.#failures = 0
         this.giveBack(ready)
         this.#onChange?.()
+        this.#topUpSoon()
       },
       onDying: (dying) => {
         const at = this.#idle.indexOf(dying)
@@ -228,7 +288,7 @@ export class Pool {
   }
 
   #refill(): void {
-    const wanted = Math.max(this.#options.min, this.#waiting.length > 0 ? this.#busyOrStarting() + 1 : 0)
+    const wanted = Math.max(this.#least, this.#waiting.length > 0 ? this.#busyOrStarting() + 1 : 0)
     while (this.#children.size < Math.min(wanted, this.#options.max)) this.#spawn()
   }
 
@@ -301,7 +361,7 @@ export class Pool {
   #letGo(): void {
     const now = performance.now()
     // The longest idle stand first.
-    let spare = this.#children.size - this.#options.min
+    let spare = this.#children.size - this.#least
     for (const child of [...this.#idle]) {
       if (spare <= 0 || now - child.since < this.#options.idleMs) break
       spare--
@@ -322,6 +382,21 @@ function timestamp(): string {
   return clockText
 }
 
+export type Code = Pick<Job, 'runtime' | 'code' | 'codeSha256' | 'limits'>
+
+/** Isolates are used again for the same code in the same language under the same limit. */
+function headerOf(job: Code): RunHeader {
+  const typescript = job.runtime === 'typescript'
+  const { memory_mb, output_mb } = job.limits
+  return {
+    key: `${job.codeSha256}.${typescript ? 'ts' : 'js'}.${memory_mb}`,
+    typescript,
+    memory_mb,
+    output_bytes: Math.floor(output_mb * 1048576),
+    inline_bytes: inlineResponseBytes,
+  }
+}
+
 /** One job on its way through the pool. */
 export class Attempt implements Prepared, Occupant {
   static readonly #byChild = new WeakMap<SandboxChild, Attempt>()
@@ -336,20 +411,20 @@ export class Attempt implements Prepared, Occupant {
   readonly #header: RunHeader
   #child: SandboxChild | undefined
   #signal: AbortSignal | undefined
-  #onLog: ((line: LogLine) => void) | undefined
+  #events: RunEvents | undefined
+  #traffic: Traffic | undefined
   #resolve: ((outcome: Outcome) => void) | undefined
   #aborted = false
   #released = false
+  #delivering = false
   #grace: NodeJS.Timeout | undefined
   #peakMb = 0
 
   constructor(pool: Pool, job: Job) {
     this.#pool = pool
     this.#job = job
-    const typescript = job.runtime === 'typescript'
-    const { memory_mb, output_mb } = job.limits
-    this.key = `${job.codeSha256}.${typescript ? 'ts' : 'js'}.${memory_mb}`
-    this.#header = { key: this.key, typescript, memory_mb, output_bytes: Math.floor(output_mb * 1048576) }
+    this.#header = headerOf(job)
+    this.key = this.#header.key
   }
 
   /** Holds `child` for this attempt and has it compile the code meanwhile. */
@@ -358,11 +433,11 @@ export class Attempt implements Prepared, Occupant {
     child.prepare(this.#header, this.#job.code)
   }
 
-  run(signal: AbortSignal, onLog: (line: LogLine) => void): Promise<Outcome> {
+  run(signal: AbortSignal, events: RunEvents): Promise<Outcome> {
     return new Promise((resolve) => {
       this.#resolve = resolve
       this.#signal = signal
-      this.#onLog = onLog
+      this.#events = events
       const { runtime } = this.#job
       if (signal.aborted) {
         this.#aborted = true
@@ -385,6 +460,7 @@ export class Attempt implements Prepared, Occupant {
   handleEvent() {
     if (this.#aborted) return
     this.#aborted = true
+    if (this.#delivering) return this.#traffic?.cut('the call was stopped')
     const child = this.#child
     if (child === undefined) {
       this.#pool.forget(this)
@@ -399,7 +475,16 @@ export class Attempt implements Prepared, Occupant {
     const { id, attempt, traceparent, env, code, input } = this.#job
     const ctx = JSON.stringify({ id, attempt, traceparent: traceparent ?? null, env })
     Attempt.#byChild.set(child, this)
-    child.start(this, this.#header, ctx, child.keys.has(this.key) ? undefined : code, input)
+    const traffic = new Traffic(this.#job, this.#events!, this.#pool.egress, (kind, parts, number) =>
+      child.post(kind, parts, number),
+    )
+    this.#traffic = traffic
+    // A body that comes piece by piece cannot be sent again: then the child must not ask for the code.
+    const entry = traffic.enter()
+    const known = child.keys.has(this.key) && !traffic.streams
+    const header = traffic.streams ? { ...this.#header, follows: true } : this.#header
+    child.start(this, header, ctx, known ? undefined : code, input, entry)
+    traffic.begin()
     this.#pool.watch()
   }
 
@@ -415,7 +500,7 @@ export class Attempt implements Prepared, Occupant {
   }
 
   onLine(level: LogLevel, text: string): void {
-    this.#onLog?.({ time: timestamp(), level, stream: 'console', text })
+    this.#events?.onLog({ time: timestamp(), level, stream: 'console', text })
   }
 
   onNeed(): void {
@@ -424,30 +509,44 @@ export class Attempt implements Prepared, Occupant {
       this.#settle({ status: 'stopped', ...nothingRan })
       return
     }
+    void this.#traffic?.close(undefined)
     this.begin(child)
   }
 
-  onDone(header: DoneHeader, output: string | undefined) {
-    const { status, cause, message, stack, start, cpu_ms, memory_mb } = header
+  onMessage(message: Message): void {
+    this.#traffic!.handle(message)
+  }
+
+  onDone(header: DoneHeader, output: string | undefined, body: Buffer | undefined) {
+    const { status, cause, message, stack, start, cpu_ms, memory_mb, response } = header
+    const traffic = this.#traffic!
     this.#pool.ran(performance.now() - this.#child!.since, cpu_ms)
     const usage = { cpu_ms: round(cpu_ms), memory_peak_mb: round(Math.max(memory_mb, this.#peakMb)) }
     const ran = { usage, start }
     // isolated-vm lets go of an isolate whose memory is spent, but the process is not what it was.
-    if (cause === 'oom') this.#pool.retire(this.#child!)
+    if (cause === 'oom' || header.worn === true) this.#pool.retire(this.#child!)
     if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
     if (status === 'failed')
       return this.#settle({
         status,
-        cause: cause!,
+        cause: cause === 'user_error' && traffic.denied(message!) ? 'egress_denied' : cause!,
         error: { message: message!, stack },
         exitCode: null,
         ...ran,
       })
-    if (status === 'stopped' || output === undefined || !isJson(output)) {
+    const isHttp = this.#job.http !== undefined
+    const answers = (response === undefined ? 0 : 1) + (traffic.responding ? 1 : 0)
+    if (status === 'stopped' || output === undefined || !isJson(output) || answers !== (isHttp ? 1 : 0)) {
       this.#child!.kill('protocol')
       return this.#fail('runner_lost', 'the sandbox sent a result that is none')
     }
-    this.#settle({ status: 'completed', output, exitCode: null, ...ran })
+    const completed = { status, output, exitCode: null, ...ran }
+    if (response === undefined) return this.#settle(completed)
+    // A view of what the socket gave, which it uses again.
+    this.#settle({
+      ...completed,
+      response: { ...response, body: new Uint8Array(body ?? []) },
+    })
   }
 
   onGone() {
@@ -480,13 +579,28 @@ export class Attempt implements Prepared, Occupant {
     this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...nothingRan })
   }
 
-  #settle(outcome: Outcome): void {
-    const resolve = this.#resolve
+  #settle(outcome: Outcome) {
+    const traffic = this.#traffic
     clearTimeout(this.#grace)
-    this.#signal?.removeEventListener('abort', this)
-    this.#onLog = undefined
     this.#released = true
     this.#giveBack()
+    if (traffic === undefined) return this.#finish(outcome)
+    const failed = outcome.status === 'failed' ? outcome.error.message : 'the call was stopped'
+    const closed = traffic.close(failed)
+    if (!traffic.responding) return this.#finish(outcome)
+    // The code is through, and its child works for others; the response may still be on its way to a slow reader.
+    this.#delivering = true
+    if (outcome.status !== 'completed') traffic.cut(failed)
+    void closed.then(() => {
+      const { usage, start } = outcome
+      this.#finish(this.#aborted ? { status: 'stopped', usage, start } : outcome)
+    })
+  }
+
+  #finish(outcome: Outcome): void {
+    const resolve = this.#resolve
+    this.#signal?.removeEventListener('abort', this)
+    this.#events = undefined
     resolve?.(outcome)
   }
 

@@ -6,10 +6,14 @@ import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { seccompProgram } from './seccomp.ts'
+import { nodeFlags } from './web/flags.ts'
 
 export interface Walls {
   file: string
   args: string[]
+  /** What the child finds on descriptor 3, if anything; it is closed before any code runs. */
+  extra?: Buffer
   /** Walls in force. */
   names: string[]
   /** Walls that are wanted and not in force. */
@@ -17,6 +21,10 @@ export interface Walls {
 }
 
 export interface WallOptions {
+  /** Path of prlimit; `false` does without. */
+  prlimit?: string | false
+  /** False leaves system calls unfiltered. */
+  seccomp?: boolean
   /** Path of bubblewrap; `false` does without. */
   bwrap?: string | false
   /** Path of setpriv, used where bubblewrap is not; `false` does without. */
@@ -42,15 +50,19 @@ function findAddon(): string {
   return nodeGypBuild.resolve(dirname(entry))
 }
 
-function nodeArgs(at: string, addon: string): string[] {
-  const readable = [...childFiles.map((file) => join(at, file)), addon]
+/** What a child is given beside its code, by path. */
+interface Given {
+  /** isolated-vm’s addon. */
+  addon: string
+  /** The bundle of web APIs. */
+  web: string
+  warmMb: number
+}
+
+function nodeArgs(at: string, { addon, web, warmMb }: Given): string[] {
+  const readable = [...childFiles.map((file) => join(at, file)), addon, web]
   return [
-    // isolated-vm needs it.
-    '--no-node-snapshot',
-    // Without it V8 would go on with the user’s code on a thread of its own.
-    '--no-wasm-async-compilation',
-    // Room for callbacks from the depth of an isolate’s stack: see `child.ts`.
-    '--stack-size=3900',
+    ...nodeFlags,
     '--disable-warning=ExperimentalWarning',
     '--disable-warning=SecurityWarning',
     '--permission',
@@ -58,6 +70,8 @@ function nodeArgs(at: string, addon: string): string[] {
     ...readable.map((path) => `--allow-fs-read=${path}`),
     join(at, 'runners/isolate/child.ts'),
     addon,
+    web,
+    String(warmMb),
   ]
 }
 
@@ -71,41 +85,64 @@ function sharedLibraries(): string[] {
   )
 }
 
-function bubblewrap(bwrap: string, addon: string): Walls {
+function bubblewrap(bwrap: string, given: Given, program: Buffer | undefined): Walls {
   const bind = (path: string, at = path) => ['--ro-bind', path, at]
-  const addonInside = join(inside, 'isolated-vm.node')
+  const at: Given = { ...given, addon: join(inside, 'isolated-vm.node'), web: join(inside, 'web.json') }
   const args = [
     ...['--unshare-all', '--die-with-parent', '--new-session', '--clearenv', '--cap-drop', 'ALL'],
     ...['--uid', nobody, '--gid', nobody, '--hostname', 'isolate'],
     ...sharedLibraries().flatMap((path) => bind(path)),
     ...bind(process.execPath, join(inside, 'node')),
     ...childFiles.flatMap((file) => bind(join(root, file), join(inside, file))),
-    ...bind(addon, addonInside),
+    ...bind(given.addon, at.addon),
+    ...bind(given.web, at.web),
     ...['--dev', '/dev', '--proc', '/proc', '--remount-ro', '/dev', '--remount-ro', '/', '--chdir', '/'],
-    ...['--', join(inside, 'node'), ...nodeArgs(inside, addonInside)],
+    ...(program === undefined ? [] : ['--seccomp', '3']),
+    ...['--', join(inside, 'node'), ...nodeArgs(inside, at)],
   ]
-  return { file: bwrap, args, names: ['bubblewrap', 'node-permissions'], missing: [] }
+  const names = ['bubblewrap', ...(program === undefined ? [] : ['seccomp']), 'node-permissions']
+  return { file: bwrap, args, ...(program === undefined ? {} : { extra: program }), names, missing: [] }
 }
 
+/** Per process: no file is written, no core is dumped, few descriptors are open. */
+const limits = ['--fsize=0', '--core=0', '--nofile=128', '--memlock=65536', '--msgqueue=0']
+
+/** The same behind prlimit. */
+const limited = (prlimit: string, walls: Walls): Walls => ({
+  ...walls,
+  file: prlimit,
+  args: [...limits, '--', walls.file, ...walls.args],
+  names: [...walls.names, 'rlimits'],
+})
+
+const noSeccomp = {
+  wall: 'seccomp',
+  fix: 'run on x86_64 or aarch64 with a kernel that has CONFIG_SECCOMP_FILTER, and a container that allows it',
+}
+const noLimits = { wall: 'rlimits', fix: 'install util-linux, which has prlimit' }
 const installBubblewrap =
   'install bubblewrap (Debian: apt-get install bubblewrap) and let it create user namespaces (kernel.unprivileged_userns_clone=1, or run as root)'
 
-/** In the order in which they should be tried. */
-export function wallCandidates(options: WallOptions): Walls[] {
-  const addon = findAddon()
+/** In the order in which they should be tried. `web` is the path of the bundle of web APIs. */
+export function wallCandidates(options: WallOptions, web: string, warmMb: number): Walls[] {
+  const given: Given = { addon: findAddon(), web, warmMb }
   const candidates: Walls[] = []
-  const find = (given: string | false | undefined, name: string) =>
-    given === false
+  const find = (path: string | false | undefined, name: string) =>
+    path === false
       ? undefined
-      : given !== undefined
-        ? given
+      : path !== undefined
+        ? path
         : ['/usr/bin', '/bin', '/usr/local/bin']
             .map((dir) => join(dir, name))
-            .find((path) => existsSync(path))
+            .find((candidate) => existsSync(candidate))
   const bwrap = find(options.bwrap, 'bwrap')
-  if (bwrap !== undefined) candidates.push(bubblewrap(bwrap, addon))
-  const bare = nodeArgs(root, addon)
-  const missing = [{ wall: 'bubblewrap', fix: installBubblewrap }]
+  const program = options.seccomp === false ? undefined : seccompProgram()
+  if (bwrap !== undefined) {
+    if (program !== undefined) candidates.push(bubblewrap(bwrap, given, program))
+    candidates.push({ ...bubblewrap(bwrap, given, undefined), missing: [noSeccomp] })
+  }
+  const bare = nodeArgs(root, given)
+  const missing = [{ wall: 'bubblewrap', fix: installBubblewrap }, noSeccomp]
   const setpriv = find(options.setpriv, 'setpriv')
   // Without bubblewrap something else must take a child away when its runner is killed in the midst of a busy loop.
   if (setpriv !== undefined)
@@ -127,5 +164,9 @@ export function wallCandidates(options: WallOptions): Walls[] {
       },
     ],
   })
-  return candidates
+  const prlimit = find(options.prlimit, 'prlimit')
+  return candidates.flatMap((walls) => {
+    const without = { ...walls, missing: [...walls.missing, noLimits] }
+    return prlimit === undefined ? [without] : [limited(prlimit, walls), without]
+  })
 }

@@ -3,6 +3,8 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { removeLogs, removeWorkloads, sweepBlobs } from '../../dispatcher/retention.ts'
 import { Blobs } from '../../shared/blobs.ts'
+import { FunctionVersion } from '../../shared/functions.ts'
+import { Registry } from '../../shared/registry.ts'
 import type { Digest } from '../../shared/workload.ts'
 import { dump, folded, getJson, makeWorld, until } from './support.ts'
 
@@ -54,9 +56,10 @@ test('a blob is removed when nothing refers to it twice in a row, and not before
   await publish.ended(holder, 'completed', { output: null, output_blob: output })
   await folded(dispatcher, bus)
   const { live } = dispatcher
+  const registry = await Registry.open(bus, 1)
   const there = async () => (await blobs.list()).map(({ digest }) => digest).sort()
   const suspects = new Set<Digest>()
-  const sweep = (blobGraceMs: number) => sweepBlobs({ bus, live, blobGraceMs }, suspects)
+  const sweep = (blobGraceMs: number) => sweepBlobs({ bus, live, registry, blobGraceMs }, suspects)
 
   assert.is(await sweep(3_600_000), 0)
   assert.is(suspects.size, 0, 'all are in their grace')
@@ -79,6 +82,56 @@ test('a blob is removed when nothing refers to it twice in a row, and not before
   await sweep(-1)
   assert.is(await sweep(-1), 4)
   assert.equal(await there(), [])
+  registry.close()
+})
+
+test('blobs of a deployed version are never removed', async () => {
+  await using world = await makeWorld()
+  const { bus } = world
+  const dispatcher = await world.dispatcher()
+  const blobs = await Blobs.open(bus, 1)
+  const registry = await Registry.open(bus, 1)
+  const put = async (text: string) => (await blobs.put(Buffer.from(text))).blob
+  const [bundle, map, source, archive, image, free] = [
+    await put('bundle'),
+    await put('map'),
+    await put('source'),
+    await put('archive'),
+    await put('image'),
+    await put('free'),
+  ]
+  const version = (id: string, over: object) =>
+    FunctionVersion.parse({
+      name: 'a',
+      version: id,
+      created_at: new Date().toISOString(),
+      isolation: 'isolate',
+      routing_reason: 'test',
+      runtime: 'javascript',
+      bundle: null,
+      source: null,
+      spec: {},
+      warnings: [],
+      ...over,
+    })
+  await registry.putVersion(
+    version('v0000000000000001', {
+      bundle: { blob: bundle, size: 6, map },
+      source: { blob: source, size: 6 },
+    }),
+  )
+  await registry.putVersion(version('v0000000000000002', { spec: { archive: { blob: archive } } }))
+  await registry.putVersion(version('v0000000000000003', { spec: { image: { blob: image } } }))
+  await until('a database', () => dispatcher.live.database)
+  const suspects = new Set<Digest>()
+  const sweep = () => sweepBlobs({ bus, live: dispatcher.live, registry, blobGraceMs: -1 }, suspects)
+  await until('the blob store', () => dispatcher.live.blobs)
+  await sweep()
+  assert.is(await sweep(), 1)
+  const left = (await blobs.list()).map(({ digest }) => digest).sort()
+  assert.equal(left, [bundle, map, source, archive, image].sort())
+  assert.is(await blobs.size(free), undefined)
+  registry.close()
 })
 
 test('retention runs by itself', async () => {

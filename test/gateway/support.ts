@@ -2,18 +2,27 @@
 import { once } from 'node:events'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
+import { tmpdir } from 'node:os'
 import { serve } from '@hono/node-server'
 import pino from 'pino'
-import { gatewayApp } from '../../gateway/app.ts'
+import type { Gate } from '../../gateway/admission.ts'
+import { gatewayFetch } from '../../gateway/app.ts'
+import { Builder } from '../../gateway/build/build.ts'
+import { LaneGate } from '../../gateway/lanes.ts'
 import { readsFrom } from '../../gateway/reads.ts'
 import { openRoster, type Roster } from '../../gateway/roster.ts'
 import { Waits } from '../../gateway/waits.ts'
+import { cacheDirectory } from '../../scripts/cache-directory.ts'
 import type { Backend } from '../../shared/backends.ts'
 import { Blobs } from '../../shared/blobs.ts'
 import { Bus } from '../../shared/bus.ts'
+import { GatewayExchanges } from '../../shared/exchange.ts'
 import { newProcessId } from '../../shared/ids.ts'
+import { Meters } from '../../shared/meters.ts'
+import { Registry } from '../../shared/registry.ts'
+import { Secrets } from '../../shared/secrets.ts'
 import type { Isolation } from '../../shared/workload.ts'
-import { type Code, completed, startWorker, type Worker } from '../runners/support.ts'
+import { type Code, completed, startWorker, testBox, type Worker } from '../runners/support.ts'
 import { type Ground, ground, until } from '../shared/support.ts'
 
 export type Answers = (request: IncomingMessage, response: ServerResponse) => void
@@ -26,13 +35,19 @@ export interface Gateway extends AsyncDisposable {
   id: string
   bus: Bus
   roster: Roster
+  registry: Registry
+  secrets: Secrets
   waits: Waits
+  exchanges: GatewayExchanges
 }
 
 export interface GatewayOptions {
   dispatcherUrl?: string
   maxBodyBytes?: number
   maxWaitS?: number
+  gate?: Gate
+  /** Another bubblewrap for builds. */
+  bwrap?: string
 }
 
 export async function startGateway(on: Ground, options: GatewayOptions = {}): Promise<Gateway> {
@@ -40,18 +55,36 @@ export async function startGateway(on: Ground, options: GatewayOptions = {}): Pr
   const bus = await Bus.connect({ url: on.nats.url, name: id })
   const roster = await openRoster(bus, 1)
   const waits = new Waits(bus)
-  const app = gatewayApp({
+  const box = await testBox()
+  const registry = await Registry.open(bus, 1)
+  const secrets = await Secrets.open(bus, 1, box)
+  const meters = await Meters.open(bus, 1)
+  const gate = new LaneGate({ bus, registry, meters })
+  const exchanges = new GatewayExchanges(bus, id)
+  const fetch = gatewayFetch({
     bus,
     blobs: await Blobs.open(bus, 1),
     roster,
+    registry,
+    secrets,
+    box,
+    gate: options.gate ?? gate,
+    builder: new Builder({
+      cacheDir: cacheDirectory(process.env),
+      tempDir: tmpdir(),
+      env: process.env,
+      bwrap: options.bwrap,
+    }),
+    topology: on.topology,
     gatewayId: id,
     waits,
+    exchanges,
     reads: readsFrom(options.dispatcherUrl ?? nobody),
     maxBodyBytes: options.maxBodyBytes ?? 64 * 1_048_576,
     maxWaitS: options.maxWaitS ?? 60,
     log: pino({ level: process.env.VULCAN_TEST_LOG === undefined ? 'silent' : 'debug' }),
   })
-  const server = serve({ fetch: app.fetch, hostname: '127.0.0.1', port: 0 })
+  const server = serve({ fetch, hostname: '127.0.0.1', port: 0 })
   if (!server.listening) await once(server, 'listening')
   await bus.flush()
   return {
@@ -59,14 +92,22 @@ export async function startGateway(on: Ground, options: GatewayOptions = {}): Pr
     id,
     bus,
     roster,
+    registry,
+    secrets,
     waits,
+    exchanges,
     async [Symbol.asyncDispose]() {
       waits.close()
+      exchanges.close()
+      gate.close()
+      meters.close()
       await new Promise((resolve) => {
         server.close(resolve)
         if ('closeAllConnections' in server) server.closeAllConnections()
       })
       roster.close()
+      registry.close()
+      secrets.close()
       await bus[Symbol.asyncDispose]()
     },
   }

@@ -1,10 +1,13 @@
 /** A runner that does what a test says, in this process, behind a real consume loop. */
 import pino from 'pino'
-import type { Capabilities, Job, Outcome, Prepared, Runner } from '../../runners/runner.ts'
+import type { Capabilities, Job, Outcome, Prepared, RunEvents, Runner } from '../../runners/runner.ts'
 import { runWorker, type WorkerOptions } from '../../runners/worker.ts'
 import { Blobs } from '../../shared/blobs.ts'
 import { Bus } from '../../shared/bus.ts'
 import { newProcessId } from '../../shared/ids.ts'
+import { Meters } from '../../shared/meters.ts'
+import { Registry } from '../../shared/registry.ts'
+import { SecretBox, Secrets } from '../../shared/secrets.ts'
 import type { Cause, LogLine } from '../../shared/workload.ts'
 import type { Ground } from '../shared/support.ts'
 
@@ -40,11 +43,16 @@ export const untilStopped = (signal: AbortSignal): Promise<Outcome> =>
   })
 
 /** What stands for the user's code. It is only called where the attempt was not stopped before. */
-export type Code = (job: Job, signal: AbortSignal, log: (line: LogLine) => void) => Outcome | Promise<Outcome>
+export type Code = (
+  job: Job,
+  signal: AbortSignal,
+  log: (line: LogLine) => void,
+  respond: RunEvents['respond'],
+) => Outcome | Promise<Outcome>
 
 export const capabilities: Capabilities = {
   runtimes: ['javascript', 'typescript'],
-  egress: ['none'],
+  egress: ['none', 'all', 'allowlist'],
   walls: ['none'],
   missing: [],
   version: 'fake 1',
@@ -70,16 +78,17 @@ export function fakeRunner(code: Code): FakeRunner {
     prepare(job): Prepared {
       runner.prepared++
       return {
-        async run(signal, onLog) {
+        async run(signal, events) {
           if (signal.aborted) return stopped
           runner.ran.push(job)
-          return await code(job, AbortSignal.any([signal, quitting.signal]), onLog)
+          return await code(job, AbortSignal.any([signal, quitting.signal]), events.onLog, events.respond)
         },
         release() {
           runner.released++
         },
       }
     },
+    prewarm() {},
     quit: () => quitting.abort(),
     pids: () => [],
     [Symbol.asyncDispose]: async () => {},
@@ -97,9 +106,13 @@ export interface Worker extends AsyncDisposable {
   die(): Promise<void>
 }
 
+/** The key that gateways and runners of a test share. */
+export const testBox = (): Promise<SecretBox> =>
+  SecretBox.open({ key: Buffer.alloc(32, 7).toString('base64'), file: '' })
+
 /** A consume loop with a connection of its own. */
 export async function startWorker(
-  on: Ground,
+  on: Pick<Ground, 'topology'> & { nats: Pick<Ground['nats'], 'url'> },
   code: Code,
   over: Partial<WorkerOptions> = {},
 ): Promise<Worker> {
@@ -107,10 +120,18 @@ export async function startWorker(
   const bus = await Bus.connect({ url: on.nats.url, name: id })
   const runner = fakeRunner(code)
   const stop = new AbortController()
+  const box = await testBox()
+  const secrets = await Secrets.open(bus, 1, box)
+  const registry = await Registry.open(bus, 1)
+  const meters = await Meters.open(bus, 1)
   const done = runWorker(
     {
       bus,
       blobs: await Blobs.open(bus, 1),
+      secrets,
+      box,
+      registry,
+      meters,
       runner,
       runnerId: id,
       slots: 8,
@@ -139,6 +160,9 @@ export async function startWorker(
       // A test that is over does not wait for what it left running.
       runner.quit()
       await done
+      secrets.close()
+      registry.close()
+      meters.close()
       await bus[Symbol.asyncDispose]()
     },
   }

@@ -1,30 +1,50 @@
 /**
  * The first code in every isolate: sets up the globals, then calls the user’s handler when told to. Runs there from
  * its own source text: it may use nothing but its parameters and globals. The host’s callbacks stay in this
- * closure, take and give only primitives, and are never handed to the user’s code.
+ * closure, take and give only primitives and bytes, and are never handed to the user’s code.
  */
-import type { Abortable, MakeAbortable } from './abort.ts'
+import type { BodyReader, Bridge, Install, Puller, RequestHead, WebGuest } from '../web/bridge.ts'
 import type { Logger, Write } from './console.ts'
 import type { Inspect } from './inspect.ts'
 import type { Timers } from './timers.ts'
 
-/** How a call ended, and the text that goes with it. */
-export type DoneKind = 'ok' | 'threw' | 'uncaught' | 'invalid' | 'output_invalid' | 'output_too_large'
+/** How a call ended, and what goes with it. */
+export type DoneKind =
+  | 'ok'
+  | 'response'
+  | 'responded'
+  | 'threw'
+  | 'uncaught'
+  | 'invalid'
+  | 'output_invalid'
+  | 'output_too_large'
 
 export interface Host {
   log: Write
-  /** `a`: output or message; `b`: stack; `c`: name of the error. */
-  done(kind: DoneKind, a: string, b?: string, c?: string): void
+  /**
+   * `a`: output or message; `b`: stack; `c`: name of the error. Of `response`: its head as JSON text, and its body.
+   * `responded`: the response has gone out already.
+   */
+  done(kind: DoneKind, a: string, b?: string | Uint8Array, c?: string): void
   setTimer(id: number, ms: number, repeat: boolean): void
   clearTimer(id: number): void
   /** The module has been evaluated. */
   loaded(): void
+  /** The head of the response as JSON text; its whole body, or undefined where `send` and `end` follow. */
+  respond(head: string, body?: string | Uint8Array): void
+  /** The next piece of the response: true when another is welcome at once, else `drain` says so. */
+  send(bytes: Uint8Array): boolean
+  /** The response is complete. */
+  end(): void
+  /** Asks for the next piece of the request’s body, answered by `body`. */
+  pull(): void
+  /** The query of a URL as JSON text of an object. */
+  query(url: string): string
 }
 
 export interface Parts {
   makeInspect(): Inspect
   makeConsole(inspect: Inspect, write: Write): Logger
-  makeAbort(): MakeAbortable
   makeTimers(
     setTimer: Host['setTimer'],
     clearTimer: Host['clearTimer'],
@@ -34,21 +54,49 @@ export interface Parts {
 }
 
 /**
- * What the host enters by: `call` (ctx JSON, input JSON or undefined, output limit in characters), `timer` (id),
- * `abort` (message).
+ * What the host enters by: `call` (ctx JSON, input JSON or undefined, output limit in characters), `http` (ctx JSON,
+ * output limit, head as JSON text, body as text, bytes, true where it comes piece by piece, or undefined), `timer`
+ * (id), `abort` (message), `gone`, `body` (bytes, or undefined at the end; then perhaps why the rest never comes),
+ * `drain` (whether more is wanted), `web` (kind, id and what goes with it), `exports` (specifier), which gives the names
+ * of the exports of a `node:` module with spaces between them, or undefined where there is none such.
  */
-export type Enter = (operation: 'call' | 'timer' | 'abort', a: unknown, b?: unknown, c?: unknown) => void
+export type Operation = 'call' | 'http' | 'timer' | 'abort' | 'gone' | 'body' | 'drain' | 'web' | 'exports'
+export type Enter = (operation: Operation, ...args: unknown[]) => string | undefined
 
-export function boot(host: Host, parts: Parts): Enter {
+export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install): Enter {
   const { parse, stringify } = JSON
-  const { freeze, defineProperty } = Object
+  const { freeze, defineProperty, keys } = Object
+  const { apply } = Reflect
+  const { Promise: BasePromise, Error: BaseError, Uint8Array: Bytes } = globalThis
+  const uncurry = Function.prototype.bind.bind(Function.prototype.call) as (
+    fn: (...args: never[]) => unknown,
+  ) => (...args: unknown[]) => unknown
+  const then = uncurry(BasePromise.prototype.then)
+  const settled = BasePromise.resolve.bind(BasePromise) as (value: unknown) => Promise<unknown>
+  const test = uncurry(RegExp.prototype.test) as (pattern: RegExp, text: string) => boolean
+  /** As `application/json; charset=utf-8` or `application/problem+json`. */
+  const jsonType = /^[^;]*[/+]json *(?:;|$)/i
+  const includes = uncurry(Array.prototype.includes) as (list: readonly unknown[], item: unknown) => boolean
+  const join = uncurry(Array.prototype.join) as (list: readonly string[], between: string) => string
+  const copyInto = uncurry(Bytes.prototype.set)
   const global = globalThis as Record<string, unknown>
 
   interface Call {
+    ctx: { env: Record<string, string> }
     input: string | undefined
-    ctx: object
-    aborter: Abortable
     maxOutput: number
+    http: { head: RequestHead; body: null | string | Uint8Array | Puller } | undefined
+    /** Why it is being stopped, once it is. */
+    stopped: string | undefined
+    /** Of `ctx.signal`, which is made when it is asked for. */
+    aborter: ReturnType<WebGuest['makeAbort']> | undefined
+    /** Of `request.signal`. */
+    gone: ReturnType<WebGuest['makeAbort']> | undefined
+    /** Promises given to `ctx.waitUntil` that have not settled. */
+    pending: number
+    onIdle: (() => void) | undefined
+    onBody: ((bytes: Uint8Array | undefined, failed: string | undefined) => void) | undefined
+    onDrain: ((wanted: boolean) => void) | undefined
   }
   let handler: unknown
   let isLoaded = false
@@ -56,7 +104,6 @@ export function boot(host: Host, parts: Parts): Enter {
 
   const inspect = parts.makeInspect()
   const logger = parts.makeConsole(inspect, host.log)
-  const newAbortable = parts.makeAbort()
   const fail = (kind: 'threw' | 'uncaught', error: unknown) => {
     const call = current
     if (call !== undefined) describe(call, kind, error)
@@ -68,10 +115,11 @@ export function boot(host: Host, parts: Parts): Enter {
     (error) => fail('uncaught', error),
   )
 
-  const finish = (call: Call, kind: DoneKind, a: string, b?: string, c?: string) => {
+  const finish = (call: Call, kind: DoneKind, a: string, b?: string | Uint8Array, c?: string) => {
     if (call !== current) return
     current = undefined
     timers.clear()
+    web.reset()
     host.done(kind, a, b, c)
   }
 
@@ -93,46 +141,202 @@ export function boot(host: Host, parts: Parts): Enter {
     finish(call, kind, message ?? '', stack, readText(error, 'name'))
   }
 
-  const output = (call: Call, value: unknown) => {
+  /** JSON text of what a handler returned; undefined where that has none, and the call has ended. */
+  const toJson = (call: Call, value: unknown): string | undefined => {
     let text: string | undefined
     try {
       text = value === undefined ? 'null' : stringify(value)
     } catch (error) {
       const message =
         typeof error === 'object' && error !== null ? readText(error, 'message') : inspect(error)
-      if (message === 'Invalid string length') return finish(call, 'output_too_large', 'more than 536870912')
-      return finish(call, 'output_invalid', message ?? 'unknown error')
+      if (message === 'Invalid string length') finish(call, 'output_too_large', 'more than 536870912')
+      else finish(call, 'output_invalid', message ?? 'unknown error')
+      return undefined
     }
-    if (text === undefined) return finish(call, 'output_invalid', `a ${typeof value} has no JSON form`)
+    if (text === undefined) {
+      finish(call, 'output_invalid', `a ${typeof value} has no JSON form`)
+      return undefined
+    }
     // A text of n characters has at least n bytes: what is sent over is worth counting.
-    if (text.length > call.maxOutput) return finish(call, 'output_too_large', `${text.length}`)
-    finish(call, 'ok', text)
+    if (text.length <= call.maxOutput) return text
+    finish(call, 'output_too_large', `${text.length}`)
+    return undefined
   }
 
-  const refusal = (): string | undefined => {
-    if (typeof handler === 'function') return undefined
-    const what = 'export default (input, ctx) => output'
-    if (handler === undefined) return `the code has no default export; write: ${what}`
-    if (typeof handler === 'object' && handler !== null && 'fetch' in handler)
-      return `an HTTP handler (export default { fetch }) cannot be run as a workload; write: ${what}`
-    return `the default export is not a function but ${typeof handler === 'object' ? inspect(handler, 0) : `a ${typeof handler}`}; write: ${what}`
+  const wanted = 'export default (input, ctx) => output, or export default { fetch(request, env, ctx) }'
+  const refusal = (): string => {
+    if (handler === undefined) return `the code has no default export; write: ${wanted}`
+    return `the default export is not a function but ${typeof handler === 'object' ? inspect(handler, 0) : `a ${typeof handler}`}; write: ${wanted}`
+  }
+
+  const fetchOf = (): ((...args: unknown[]) => unknown) | undefined => {
+    if ((typeof handler !== 'object' && typeof handler !== 'function') || handler === null) return undefined
+    const { fetch } = handler as { fetch?: unknown }
+    return typeof fetch === 'function' ? (fetch as (...args: unknown[]) => unknown) : undefined
+  }
+
+  const untilIdle = (call: Call): Promise<void> =>
+    new BasePromise((resolve) => {
+      if (call.pending === 0) resolve()
+      else call.onIdle = resolve
+    })
+
+  const drained = (call: Call): Promise<boolean> =>
+    new BasePromise((resolve) => {
+      call.onDrain = resolve
+    })
+
+  /** All that a body still holds, as one; undefined where it is more than `max` bytes. */
+  const collect = async (read: Puller, max: number): Promise<Uint8Array | undefined> => {
+    const pieces: Uint8Array[] = []
+    let size = 0
+    for (;;) {
+      const piece = await read()
+      if (piece === null) break
+      size += piece.length
+      if (size > max) return undefined
+      pieces[pieces.length] = piece
+    }
+    const all = new Bytes(size)
+    for (let i = 0, at = 0; i < pieces.length; at += pieces[i]!.length, i++) copyInto(all, pieces[i], at)
+    return all
+  }
+
+  /** Sends the response as fast as it is taken, and asks its stream for no more than that. */
+  const stream = async (call: Call, reader: BodyReader) => {
+    for (;;) {
+      const bytes = await reader.read()
+      if (call !== current) return
+      if (bytes === null) break
+      if (bytes.length === 0 || host.send(new Bytes(bytes))) continue
+      if (!(await drained(call))) {
+        // Nobody takes the rest: that is the caller’s doing, not the handler’s.
+        await reader.cancel()
+        return
+      }
+    }
+    host.end()
+  }
+
+  const answer = async (call: Call, value: unknown) => {
+    const { status, headers, body } = web.readResponse(value)
+    const head = stringify({ status, headers })
+    const reader = typeof body === 'object' && body !== null && 'read' in body ? body : undefined
+    // Copies: a view is handed over with all of the buffer that it looks at.
+    const whole =
+      reader !== undefined
+        ? undefined
+        : typeof body === 'object' && body !== null
+          ? new Bytes(body as Uint8Array)
+          : (body ?? '')
+    if (whole !== undefined && call.pending === 0) return finish(call, 'response', head, whole)
+    if (call !== current) return
+    host.respond(head, whole)
+    if (reader !== undefined) await stream(call, reader)
+    if (call.pending > 0) await untilIdle(call)
+    finish(call, 'responded', '')
+  }
+
+  const answerText = (call: Call, status: number, type: string, text: string) =>
+    finish(call, 'response', `{"status":${status},"headers":[["content-type","${type}"]]}`, text)
+
+  /** The input of a JSON handler that is called by HTTP; undefined and no call any more where it is none. */
+  const inputOf = async (call: Call): Promise<string | undefined> => {
+    const { head, body } = call.http!
+    const isRead = head.method === 'GET' || head.method === 'HEAD'
+    if (body === null || body === '') return isRead ? host.query(head.url) : undefined
+    if (typeof body === 'string') return body
+    const bytes = typeof body === 'function' ? (await collect(body, 2 ** 31))! : body
+    return bytes.length === 0 ? undefined : bridge.decode(bytes)
+  }
+
+  const callJson = async (call: Call) => {
+    const text = call.http === undefined ? call.input : await inputOf(call)
+    call.input = undefined
+    let input: unknown
+    if (text !== undefined)
+      try {
+        input = parse(text)
+      } catch (error) {
+        if (call.http === undefined) throw error
+        const detail = stringify(`the body is not JSON: ${(error as Error).message}`)
+        const problem = `{"title":"The body is not JSON","status":400,"detail":${detail}}`
+        return answerText(call, 400, 'application/problem+json', problem)
+      }
+    const value = await (handler as (input: unknown, ctx: object) => unknown)(input, call.ctx)
+    const output = toJson(call, value)
+    if (output === undefined) return
+    if (call.pending > 0) await untilIdle(call)
+    if (call.http === undefined) finish(call, 'ok', output)
+    else answerText(call, 200, 'application/json', output)
+  }
+
+  /** A fetch handler that is invoked with JSON: it gets a POST of that, and what it answers is the output. */
+  const fetchJson = async (call: Call, fetch: (...args: unknown[]) => unknown) => {
+    const head: RequestHead = {
+      method: 'POST',
+      url: 'http://localhost/',
+      headers: [['content-type', 'application/json']],
+    }
+    const request = web.makeRequest(head, call.input ?? null, signalOf(call))
+    call.input = undefined
+    const response = web.readResponse(await apply(fetch, handler, [request, call.ctx.env, call.ctx]))
+    const { body } = response
+    let text = ''
+    if (typeof body === 'string') text = body
+    else if (body !== null) {
+      const bytes =
+        'read' in body
+          ? await collect(() => (body as BodyReader).read(), call.maxOutput)
+          : (body as Uint8Array)
+      if (bytes === undefined) return finish(call, 'output_too_large', `more than ${call.maxOutput}`)
+      text = bridge.decode(bytes)
+    }
+    if (response.status >= 400)
+      throw new BaseError(`the fetch handler answered ${response.status}${text === '' ? '' : `: ${text}`}`)
+    let value: unknown = text === '' ? null : text
+    for (let i = 0; i < response.headers.length; i++) {
+      const header = response.headers[i]!
+      if (header[0] === 'content-type' && text !== '' && test(jsonType, header[1])) value = parse(text)
+    }
+    const output = toJson(call, value)
+    if (output === undefined) return
+    if (call.pending > 0) await untilIdle(call)
+    finish(call, 'ok', output)
   }
 
   const start = async (call: Call) => {
     try {
-      const refused = refusal()
-      if (refused !== undefined) return finish(call, 'invalid', refused)
-      const input = call.input === undefined ? undefined : parse(call.input)
-      call.input = undefined
-      output(call, await (handler as (input: unknown, ctx: object) => unknown)(input, call.ctx))
+      const fetch = fetchOf()
+      if (fetch === undefined) {
+        if (typeof handler !== 'function') return finish(call, 'invalid', refusal())
+        await callJson(call)
+      } else if (call.http === undefined) await fetchJson(call, fetch)
+      else {
+        const { head, body } = call.http
+        const request = web.makeRequest(head, body, signalOf(call))
+        await answer(call, await apply(fetch, handler, [request, call.ctx.env, call.ctx]))
+      }
     } catch (error) {
       describe(call, 'threw', error)
     }
   }
 
-  const newCall = (ctxText: string, inputText: string | undefined, maxOutput: number): Call => {
+  const stopReason = (message: string) => {
+    const reason = new BaseError(message)
+    defineProperty(reason, 'name', { value: 'AbortError', configurable: true, writable: true })
+    return reason
+  }
+
+  /** The signal of the request, which its caller’s going away aborts, and the end of the call. */
+  const signalOf = (call: Call): object => {
+    call.gone = web.makeAbort()
+    if (call.stopped !== undefined) call.gone.abort(stopReason(call.stopped))
+    return call.gone.signal
+  }
+
+  const newCall = (ctxText: string, maxOutput: number): Call => {
     const given = parse(ctxText)
-    const aborter = newAbortable((error) => fail('uncaught', error))
     const line =
       (level: number) =>
       (...args: unknown[]) => {
@@ -148,12 +352,55 @@ export function boot(host: Host, parts: Parts): Enter {
       attempt: given.attempt,
       traceparent: given.traceparent,
       env: freeze(given.env),
-      signal: aborter.signal,
+      get signal() {
+        if (call.aborter === undefined) {
+          call.aborter = web.makeAbort()
+          if (call.stopped !== undefined) call.aborter.abort(stopReason(call.stopped))
+        }
+        return call.aborter.signal
+      },
       log,
+      waitUntil(promise: unknown) {
+        if (call !== current) return
+        call.pending++
+        const settle = () => {
+          call.pending--
+          if (call.pending === 0) call.onIdle?.()
+        }
+        then(settled(promise), settle, (error: unknown) => {
+          if (call === current) logger.write(3, ['waitUntil:', error])
+          settle()
+        })
+      },
+      passThroughOnException() {},
     }
-    const call: Call = { input: inputText, ctx, aborter, maxOutput }
+    const call: Call = {
+      ctx,
+      input: undefined,
+      maxOutput,
+      http: undefined,
+      stopped: undefined,
+      aborter: undefined,
+      gone: undefined,
+      pending: 0,
+      onIdle: undefined,
+      onBody: undefined,
+      onDrain: undefined,
+    }
     return call
   }
+
+  const pullerOf =
+    (call: Call): Puller =>
+    () =>
+      new BasePromise((resolve, reject) => {
+        call.onBody = (bytes, failed) => {
+          call.onBody = undefined
+          if (failed !== undefined) reject(new BaseError(failed))
+          else resolve(bytes ?? null)
+        }
+        if (call === current) host.pull()
+      })
 
   const define = (name: string, value: unknown) =>
     defineProperty(global, name, { value, writable: true, enumerable: false, configurable: true })
@@ -162,6 +409,15 @@ export function boot(host: Host, parts: Parts): Enter {
   // These would run the user’s code on a thread of their own, when no call is under way.
   delete global.FinalizationRegistry
   delete (Atomics as { waitAsync?: unknown }).waitAsync
+  const noEnv = freeze({})
+  const web = install(bridge, {
+    setTimeout: timers.globals.setTimeout as (callback: () => void, ms: number) => number,
+    clearTimeout: timers.globals.clearTimeout as (id: number) => void,
+    uncaught: (error) => fail('uncaught', error),
+    inspect,
+    env: () => current?.ctx.env ?? noEnv,
+    log: host.log,
+  })
   // Taken away again by the module that is evaluated before the user’s: see `sandbox.ts`.
   defineProperty(global, '__vulcan_loaded', {
     configurable: true,
@@ -172,12 +428,51 @@ export function boot(host: Host, parts: Parts): Enter {
       if (current !== undefined) void start(current)
     },
   })
+  defineProperty(global, '__vulcan_module', { configurable: true, value: web.module })
 
-  return (operation, a, b, c) => {
-    if (operation === 'call') {
-      current = newCall(a as string, b as string | undefined, c as number)
-      if (isLoaded) void start(current)
-    } else if (operation === 'timer') timers.fire(a as number)
-    else if (current !== undefined) current.aborter.abort(a as string)
+  return (operation, ...args) => {
+    const call = current
+    const { 0: a, 1: b, 2: c, 3: d } = args
+    switch (operation) {
+      case 'call':
+        current = newCall(a as string, c as number)
+        current.input = b as string | undefined
+        if (isLoaded) void start(current)
+        break
+      case 'http': {
+        const made = newCall(a as string, b as number)
+        const body = d === true ? pullerOf(made) : ((d as string | Uint8Array | undefined) ?? null)
+        made.http = { head: parse(c as string), body }
+        current = made
+        if (isLoaded) void start(made)
+        break
+      }
+      case 'timer':
+        timers.fire(a as number)
+        break
+      case 'abort':
+        if (call === undefined) break
+        call.stopped = a as string
+        call.aborter?.abort(stopReason(call.stopped))
+        call.gone?.abort(stopReason(call.stopped))
+        break
+      case 'gone':
+        call?.gone?.abort()
+        break
+      case 'body':
+        call?.onBody?.(a as Uint8Array | undefined, b as string | undefined)
+        break
+      case 'drain':
+        call?.onDrain?.(a as boolean)
+        break
+      case 'web':
+        if (call !== undefined) apply(web.receive, undefined, args)
+        break
+      case 'exports':
+        return includes(web.specifiers, a) || includes(web.specifiers, `node:${a}`)
+          ? join(keys(web.module(a as string)), ' ')
+          : undefined
+    }
+    return undefined
   }
 }

@@ -3,11 +3,12 @@ import { once } from 'node:events'
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
+import { EgressGate } from '../../../runners/egress.ts'
 import { createIsolateRunner } from '../../../runners/isolate/index.ts'
 import { Pool } from '../../../runners/isolate/pool.ts'
 import { encodeMessage, kinds } from '../../../runners/isolate/protocol.ts'
 import { childMarker } from '../../../runners/isolate/walls.ts'
-import { failure, isAlive, job, output, run, sleep } from './support.ts'
+import { failure, hearing, isAlive, job, output, run, sleep } from './support.ts'
 
 const alive = (pid: number) => isAlive(pid, (path) => readFileSync(path, 'utf8'))
 const childrenOf = (pid: number) =>
@@ -43,9 +44,12 @@ for (const [what, code] of [
   for (const which of ['outer', 'inner'] as const) {
     test(`a child whose ${which} process is killed during ${what} is runner_lost, and the pool recovers`, async () => {
       await using runner = await createIsolateRunner({ min: 1, max: 1 })
-      const outcome = await runner.prepare(job(code)).run(never(), () => {
-        process.kill(runner.pids().at(which === 'outer' ? 0 : -1)!, 'SIGKILL')
-      })
+      const outcome = await runner.prepare(job(code)).run(
+        never(),
+        hearing(() => {
+          process.kill(runner.pids().at(which === 'outer' ? 0 : -1)!, 'SIGKILL')
+        }),
+      )
       assert.is(outcome.status === 'failed' && outcome.cause, 'runner_lost')
       assert.match(JSON.stringify(outcome), /signal (?:SIGKILL|9)/)
       assert.is(await output(runner, 'export default () => "next"'), 'next')
@@ -65,10 +69,13 @@ test('a stopped run is really dead when it settles', async () => {
   await using runner = await createIsolateRunner({ min: 1, max: 1 })
   let pids: number[] = []
   const stop = new AbortController()
-  const outcome = await runner.prepare(job(busy)).run(stop.signal, () => {
-    pids = runner.pids()
-    stop.abort()
-  })
+  const outcome = await runner.prepare(job(busy)).run(
+    stop.signal,
+    hearing(() => {
+      pids = runner.pids()
+      stop.abort()
+    }),
+  )
   assert.is(outcome.status, 'stopped')
   assert.ok(pids.length > 0)
   assert.equal(pids.filter(alive), [])
@@ -85,7 +92,7 @@ test('a killed run does not cost the next workload a start', async () => {
 
 test('closing the runner ends what runs and leaves no process', async () => {
   const runner = await createIsolateRunner({ min: 2 })
-  const running = [busy, sleeper].map((code) => runner.prepare(job(code)).run(never(), () => {}))
+  const running = [busy, sleeper].map((code) => runner.prepare(job(code)).run(never(), hearing()))
   await sleep(100)
   const pids = runner.pids()
   await runner[Symbol.asyncDispose]()
@@ -138,7 +145,8 @@ test('without bubblewrap it still runs, and says what is missing', async () => {
   for (const bwrap of [false, '/bin/false', '/nowhere/bwrap'] as const) {
     await using runner = await createIsolateRunner({ bwrap, min: 1 })
     const { walls, missing } = runner.capabilities
-    assert.equal(walls, ['node-permissions'])
+    assert.equal(walls, ['node-permissions', 'rlimits'])
+    assert.ok(missing.some(({ wall }) => wall === 'seccomp'))
     assert.is(missing[0]?.wall, 'bubblewrap')
     assert.match(missing[0]?.fix ?? '', /install bubblewrap/)
     assert.is(await output(runner, 'export default () => 1 + 1'), 2)
@@ -186,6 +194,37 @@ test('behind bubblewrap a child has no network, no environment, no writable file
     )
 })
 
+test('a wall that cannot be had is named with what would bring it, and the others stay', async () => {
+  for (const [options, wall] of [
+    [{ seccomp: false }, 'seccomp'],
+    [{ prlimit: false }, 'rlimits'],
+    [{ prlimit: '/bin/false' }, 'rlimits'],
+  ] as const) {
+    await using runner = await createIsolateRunner({ ...options, min: 1 })
+    const { walls, missing } = runner.capabilities
+    assert.ok(walls.includes('bubblewrap') && !walls.includes(wall), JSON.stringify(walls))
+    assert.equal(
+      missing.map((one) => one.wall),
+      [wall],
+    )
+    assert.ok(missing[0]!.fix.length > 20)
+  }
+})
+
+test('behind all walls a child’s system calls are filtered, and its limits are low', async () => {
+  await using runner = await createIsolateRunner({ min: 1, max: 1 })
+  assert.equal(runner.capabilities.walls, ['bubblewrap', 'seccomp', 'node-permissions', 'rlimits'])
+  assert.equal(runner.capabilities.missing, [])
+  const inner = runner.pids().at(-1)!
+  const status = readFileSync(`/proc/${inner}/status`, 'utf8')
+  assert.match(status, /^Seccomp:\t2$/m)
+  assert.match(status, /^Uid:\t\d+/m)
+  const limits = readFileSync(`/proc/${inner}/limits`, 'utf8')
+  assert.match(limits, /^Max file size +0 +0/m)
+  assert.match(limits, /^Max core file size +0 +0/m)
+  assert.match(limits, /^Max open files +128 +128/m)
+})
+
 /** A child that says it is ready, then answers everything with these bytes. */
 const liar = (...replies: Buffer[]) => {
   const hex = Buffer.concat(replies).toString('hex')
@@ -202,7 +241,7 @@ const lies: Record<string, Buffer> = {
   'a length of 4 GiB': Buffer.from([0xff, 0xff, 0xff, 0xff]),
   'a length over the output’s limit': Buffer.from([0x00, 0x80, 0x00, 0x00]),
   'a message without a head': Buffer.from([0, 0, 0, 1, 1]),
-  'lengths that do not add up': Buffer.from([0, 0, 0, 10, 18, 0, 0, 0, 1, 1, 0, 0, 0, 9]),
+  'lengths that do not add up': Buffer.from([0, 0, 0, 14, 18, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 9]),
   'an unknown kind': encodeMessage(99 as never, 1, []),
   'an end of another run': done({ status: 'completed', ...sound }, '1', 7),
   'an end that is not JSON': encodeMessage(kinds.done, 1, ['{']),
@@ -222,11 +261,11 @@ const lies: Record<string, Buffer> = {
 
 for (const [name, reply] of Object.entries(lies)) {
   test(`a child that sends ${name} is not believed and is killed`, async () => {
-    const pool = new Pool(liar(reply), { min: 1, max: 1, idleMs: 60_000 })
+    const pool = new Pool(liar(reply), { min: 1, max: 1, idleMs: 60_000 }, new EgressGate())
     try {
       await pool.filled()
       const [pid] = pool.pids()
-      const outcome = await pool.prepare({ ...job('x'), runtime: 'javascript' }).run(never(), () => {})
+      const outcome = await pool.prepare({ ...job('x'), runtime: 'javascript' }).run(never(), hearing())
       assert.is(outcome.status === 'failed' && outcome.cause, 'runner_lost', JSON.stringify(outcome))
       await sleep(100)
       assert.not.ok(alive(pid!))
@@ -241,9 +280,10 @@ test('a child that cannot be started makes runs fail as backend_unavailable, wit
   const pool = new Pool(
     { file: process.execPath, args, names: [], missing: [] },
     { min: 2, max: 2, idleMs: 60_000 },
+    new EgressGate(),
   )
   try {
-    const outcome = await pool.prepare(job('x')).run(never(), () => {})
+    const outcome = await pool.prepare(job('x')).run(never(), hearing())
     assert.is(outcome.status === 'failed' && outcome.cause, 'backend_unavailable')
     assert.match(JSON.stringify(outcome), /exit code 3.*no such thing/)
   } finally {

@@ -1,7 +1,7 @@
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { createIsolateRunner, probeIsolate } from '../../../runners/isolate/index.ts'
-import { failure, output, run } from './support.ts'
+import { failure, hearing, output, run } from './support.ts'
 
 test('a probe names the engine, the runtimes and the walls', async () => {
   const probe = await probeIsolate()
@@ -122,7 +122,13 @@ test('a run whose signal is aborted already never starts', async () => {
       (await import('./support.ts')).job('console.log("ran"); export default () => 1'),
     )
     const lines: unknown[] = []
-    return { outcome: await prepared.run(AbortSignal.abort(), (line) => lines.push(line)), lines }
+    return {
+      outcome: await prepared.run(
+        AbortSignal.abort(),
+        hearing((line) => lines.push(line)),
+      ),
+      lines,
+    }
   })
   assert.is(outcome.status, 'stopped')
   assert.is(lines.length, 0)
@@ -281,7 +287,7 @@ test('code that cannot be run says why and where', async () => {
   assert.match(await message('module.exports = () => 1').catch(() => 'default export'), /default export/)
   assert.match(await message('export default { a: 1 }'), /not a function but \{ a: 1 \}/)
   assert.match(await message('export default 3'), /not a function but a number/)
-  assert.match(await message('export default { fetch() {} }'), /HTTP handler/)
+  assert.match(await message('export default { fetch: 1 }'), /not a function but \{ fetch: 1 \}/)
   assert.match(
     await message('import fs from "node:fs"\nexport default () => 1'),
     /import of "node:fs".*bundle/,

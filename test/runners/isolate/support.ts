@@ -1,7 +1,15 @@
 /** What the tests of the isolate runner share: jobs with defaults, and runs with their lines. */
 import { createHash, randomUUID } from 'node:crypto'
 import * as assert from 'uvu/assert'
-import type { Failed, Job, Outcome, Runner } from '../../../runners/runner.ts'
+import type {
+  Failed,
+  HttpRequest,
+  HttpResponse,
+  Job,
+  Outcome,
+  RunEvents,
+  Runner,
+} from '../../../runners/runner.ts'
 import type { Cause, LogLine } from '../../../shared/workload.ts'
 
 export type JobOptions = Partial<Omit<Job, 'code' | 'codeSha256' | 'input' | 'limits'>> & {
@@ -17,12 +25,23 @@ export function job(code: string, { input, limits, ...rest }: JobOptions = {}): 
     code,
     codeSha256: createHash('sha256').update(code).digest('hex'),
     input: input === undefined ? undefined : JSON.stringify(input),
+    http: undefined,
     env: {},
+    egress: 'none',
+    function: undefined,
     limits: { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6, ...limits },
     traceparent: undefined,
     ...rest,
   }
 }
+
+/** Events of a run that answers nothing piece by piece. */
+export const hearing = (onLog: (line: LogLine) => void = () => {}): RunEvents => ({
+  onLog,
+  respond() {
+    throw new Error('a response where none was expected')
+  },
+})
 
 export interface Ran {
   outcome: Outcome
@@ -43,8 +62,83 @@ export async function run(
   const stop = new AbortController()
   const timer = setTimeout(() => stop.abort('timeout'), timeoutMs)
   try {
-    const outcome = await runner.prepare(job(code, rest)).run(stop.signal, (line) => lines.push(line))
+    const outcome = await runner.prepare(job(code, rest)).run(
+      stop.signal,
+      hearing((line) => lines.push(line)),
+    )
     return { outcome, lines, ms: performance.now() - start }
+  } finally {
+    clearTimeout(timer)
+  }
+}
+
+export interface Answered extends Ran {
+  /** Undefined where the call had no response. */
+  response: HttpResponse | undefined
+  text: string
+  /** Whether it came by `respond` rather than with the outcome. */
+  streamed: boolean
+  /** What the sink was told in the end. */
+  ended: 'end' | 'fail' | undefined
+}
+
+export type CallOptions = JobOptions & {
+  request?: Partial<HttpRequest>
+  timeoutMs?: number
+  /** Called with each piece of a response that comes piece by piece; waited for. */
+  onPiece?: (bytes: Uint8Array) => Promise<void> | void
+}
+
+/** Calls `code` by HTTP. */
+export async function call(
+  runner: Runner,
+  code: string,
+  { request, timeoutMs = 20_000, onPiece, ...options }: CallOptions = {},
+): Promise<Answered> {
+  const answered: Omit<Answered, 'outcome' | 'ms'> = {
+    lines: [],
+    response: undefined,
+    text: '',
+    streamed: false,
+    ended: undefined,
+  }
+  const decoder = new TextDecoder()
+  const http: HttpRequest = {
+    method: 'GET',
+    url: 'http://example.test/',
+    headers: [],
+    body: null,
+    gone: new AbortController().signal,
+    ...request,
+  }
+  const stop = new AbortController()
+  const timer = setTimeout(() => stop.abort('timeout'), timeoutMs)
+  const start = performance.now()
+  try {
+    const outcome = await runner.prepare({ ...job(code, options), http }).run(stop.signal, {
+      onLog: (line) => answered.lines.push(line),
+      respond(head) {
+        answered.response = head
+        answered.streamed = true
+        return {
+          async write(bytes) {
+            await onPiece?.(bytes)
+            answered.text += decoder.decode(bytes, { stream: true })
+          },
+          end() {
+            answered.ended ??= 'end'
+          },
+          fail() {
+            answered.ended ??= 'fail'
+          },
+        }
+      },
+    })
+    if (outcome.status === 'completed' && outcome.response !== undefined) {
+      answered.response = outcome.response
+      answered.text = decoder.decode(outcome.response.body)
+    }
+    return { outcome, ...answered, ms: performance.now() - start }
   } finally {
     clearTimeout(timer)
   }

@@ -2,7 +2,7 @@ import { readFileSync } from 'node:fs'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { createIsolateRunner } from '../../../runners/isolate/index.ts'
-import { job, output, run, sleep } from './support.ts'
+import { call as callHttp, hearing, job, output, run, sleep } from './support.ts'
 
 const counter = 'let n = 0; export default () => ++n'
 
@@ -58,9 +58,10 @@ test('nothing of a call runs after its end: timers, intervals, microtasks', asyn
       return 1
     }`
   const lines: unknown[] = []
-  const outcome = await runner
-    .prepare(job(code))
-    .run(new AbortController().signal, (line) => lines.push(line))
+  const outcome = await runner.prepare(job(code)).run(
+    new AbortController().signal,
+    hearing((line) => lines.push(line)),
+  )
   assert.is(outcome.status, 'completed')
   await sleep(60)
   assert.equal(await output(runner, code, { input: 'look' }), [])
@@ -108,11 +109,11 @@ test('an isolate is replaced after an uncaught exception, a stop and an oom, but
   }
 })
 
-test('an isolate is replaced after 1,000 calls', async () => {
+test('an isolate is replaced after 20,000 calls', async () => {
   await using runner = await createIsolateRunner({ min: 1, max: 1 })
   let last: unknown
-  for (let i = 0; i < 1_000; i++) last = await output(runner, counter)
-  assert.is(last, 1_000)
+  for (let i = 0; i < 20_000; i++) last = await output(runner, counter)
+  assert.is(last, 20_000)
   assert.is(await output(runner, counter), 1)
 })
 
@@ -123,7 +124,7 @@ test('what was prepared is run, and what was prepared in vain harms nobody', asy
   prepared[0]!.release()
   const broken = runner.prepare(job('export default ('))
   const outcomes = await Promise.all(
-    [...prepared.slice(1), broken].map((each) => each.run(new AbortController().signal, () => {})),
+    [...prepared.slice(1), broken].map((each) => each.run(new AbortController().signal, hearing())),
   )
   assert.equal(
     outcomes.map((outcome) => (outcome.status === 'completed' ? outcome.output : outcome.status)),
@@ -139,6 +140,90 @@ test('preparing runs none of the user’s code', async () => {
   await sleep(200)
   prepared.release()
   assert.is(await output(runner, 'export default () => "next"'), 'next')
+})
+
+test('prewarmed code is warm at its first call, on as many children as asked for', async () => {
+  await using runner = await createIsolateRunner({ min: 1, max: 4 })
+  const slow = job(
+    'export default async () => { await new Promise((resolve) => setTimeout(resolve, 100)); return 1 }',
+  )
+  runner.prewarm(slow, 3)
+  for (let i = 0; i < 100 && runner.pids().length < 3; i++) await sleep(50)
+  await sleep(400)
+  const starts = async (count: number, of = slow) =>
+    (
+      await Promise.all(
+        Array.from({ length: count }, () => runner.prepare(of).run(new AbortController().signal, hearing())),
+      )
+    ).map(({ start }) => start)
+  assert.equal(await starts(3), ['warm', 'warm', 'warm'])
+  assert.equal(await starts(1, job('export default () => 2')), ['cold'])
+})
+
+test('prewarming runs none of the user’s code, and code that cannot run is refused as ever', async () => {
+  await using runner = await createIsolateRunner({ min: 1, max: 1 })
+  runner.prewarm(job('console.log("evaluated"); while (true) {}\nexport default () => 1'), 1)
+  runner.prewarm(job('export default ('), 1)
+  await sleep(300)
+  assert.is(await output(runner, 'export default () => "next"'), 'next')
+  const { outcome } = await run(runner, 'export default (')
+  assert.is(outcome.status === 'failed' && outcome.cause, 'invalid_workload')
+})
+
+test('what is prewarmed stays when others are let go for their memory', async () => {
+  await using runner = await createIsolateRunner({ min: 1, max: 1, warmMb: 24 })
+  const kept = job('let n = 0; export default () => ++n')
+  runner.prewarm(kept, 1)
+  await sleep(200)
+  const call = async () =>
+    JSON.parse(
+      (await runner
+        .prepare(kept)
+        .run(new AbortController().signal, hearing())
+        .then((outcome) => (outcome.status === 'completed' ? outcome.output : '0'))) as string,
+    )
+  assert.is(await call(), 1)
+  for (let i = 0; i < 40; i++) await output(runner, `export default () => ${i}`)
+  assert.is(await call(), 2)
+  runner.prewarm(kept, 0)
+  for (let i = 100; i < 140; i++) await output(runner, `export default () => ${i}`)
+  assert.is(await call(), 1)
+})
+
+test('an isolate that grows is replaced', async () => {
+  await using runner = await createIsolateRunner({ min: 1, max: 1 })
+  const leaky = `const held = []; let n = 0
+    export default () => { held.push(Array.from({ length: 200_000 }, (_, i) => [i])); return ++n }`
+  let last = 0
+  let restarted = false
+  for (let i = 0; i < 12 && !restarted; i++) {
+    const n = (await output(runner, leaky, { limits: { memory_mb: 512 } })) as number
+    restarted = n <= last
+    last = n
+  }
+  assert.ok(restarted, `${last} calls and no new isolate`)
+})
+
+test('calls by HTTP of many codes over few children stay within their memory', async () => {
+  await using runner = await createIsolateRunner({ min: 2, max: 2, warmMb: 64 })
+  const rss = () =>
+    runner
+      .pids()
+      .reduce((sum, pid) => sum + Number(readFileSync(`/proc/${pid}/statm`, 'utf8').split(' ')[1]) / 256, 0)
+  const round = async (from: number, count: number) => {
+    for (let i = from; i < from + count; i++) {
+      const { text } = await callHttp(
+        runner,
+        `export default { fetch: async (request) => Response.json({ n: ${i}, at: new URL(request.url).pathname }) }`,
+      )
+      assert.is(text, `{"n":${i},"at":"/"}`)
+    }
+  }
+  await round(0, 150)
+  const before = rss()
+  await round(150, 350)
+  const after = rss()
+  assert.ok(after < before * 1.35 + 20, `${before} MiB, then ${after} MiB`)
 })
 
 test('many codes over few children stay within their memory', async () => {

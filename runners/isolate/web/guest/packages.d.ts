@@ -1,0 +1,11 @@
+/** Packages of the bundle that come without types. */
+declare module 'assert/'
+declare module 'events/'
+declare module 'path-browserify'
+declare module 'string_decoder/'
+declare module 'util/'
+declare module '@exodus/bytes/fallback/*'
+declare module 'tr46/*'
+declare module 'undici/lib/web/*'
+declare module 'whatwg-url/lib/*'
+declare module 'assert/build/*'

@@ -1,0 +1,169 @@
+/** From an accepted event to what a runner is given: code, secrets, request. */
+import { setTimeout as delay } from 'node:timers/promises'
+import type { Blobs } from '../shared/blobs.ts'
+import type { Bus } from '../shared/bus.ts'
+import { BusUnavailable } from '../shared/errors.ts'
+import type { AcceptedEvent, HttpCall } from '../shared/events.ts'
+import { RunnerExchange } from '../shared/exchange.ts'
+import { bodyBytes, unsealHeaders } from '../shared/http.ts'
+import { sha256Hex } from '../shared/ids.ts'
+import type { SecretBox, Secrets } from '../shared/secrets.ts'
+import type { Cause, Digest, Runtime } from '../shared/workload.ts'
+import type { Bundles } from './bundles.ts'
+import { type Redact, redactor } from './redact.ts'
+import type { HttpRequest, Job, Runner } from './runner.ts'
+
+/** Milliseconds that a secret put a moment ago is given to get here. */
+const secretDelayMs = 300
+
+export interface JobContext {
+  bus: Bus
+  blobs: Blobs
+  bundles: Bundles
+  secrets: Pick<Secrets, 'values'>
+  box: SecretBox
+  runner: Runner
+}
+
+/** A job with what is needed around it. */
+export interface Assignment {
+  job: Job
+  /** Hides the values of its secrets. */
+  redact: Redact | undefined
+  /** Set where a gateway’s caller waits for the response as it comes. */
+  exchange: RunnerExchange | undefined
+  /** The caller is gone. */
+  leave(): void
+}
+
+/** The workload cannot run, now or later. */
+export class Refusal extends Error {
+  override name = 'Refusal'
+  readonly reason: Cause
+  constructor(reason: Cause, message: string, options?: ErrorOptions) {
+    super(message, options)
+    this.reason = reason
+  }
+}
+
+/** Throws `Refusal` for what cannot run, `BusUnavailable` where trying again can help. */
+export async function toJob(
+  context: JobContext,
+  accepted: AcceptedEvent,
+  attempt: number,
+): Promise<Assignment> {
+  const { spec, bundle, http: call } = accepted.data
+  let { code, input } = spec
+  let codeSha256: string | undefined
+  if (accepted.data.payload !== null) {
+    const bytes = await blobOf(context, accepted.data.payload.blob, 'payload')
+    const payload = JSON.parse(Buffer.from(bytes).toString()) as { code?: string; input?: unknown }
+    code = payload.code ?? code
+    if ('input' in payload) input = payload.input
+  }
+  if (bundle != null) {
+    const text = context.bundles.get(bundle.blob)
+    code = typeof text === 'string' ? text : await unlessGone(text, `its code ${bundle.blob}`)
+    codeSha256 = bundle.blob.slice('sha256:'.length)
+  }
+  if (code === undefined)
+    throw new Refusal('internal', `${context.runner.isolation} runs source code, and this workload has none`)
+  const secrets = spec.secrets.length === 0 ? undefined : await secretsOf(context, spec.secrets)
+  const exchange =
+    call == null || call.gateway === null
+      ? undefined
+      : new RunnerExchange(context.bus, call.gateway, accepted.subject)
+  const gone = new AbortController()
+  return {
+    job: {
+      id: accepted.subject,
+      attempt,
+      runtime: runtimeOf(spec.runtime, bundle != null),
+      code,
+      codeSha256: codeSha256 ?? sha256Hex(code),
+      input: input === undefined ? undefined : JSON.stringify(input),
+      http: call == null ? undefined : await requestOf(context, accepted, call, exchange, gone.signal),
+      env: secrets === undefined ? spec.env : { ...spec.env, ...secrets },
+      limits: spec.limits,
+      egress: spec.network.egress,
+      function: accepted.data.function ?? undefined,
+      traceparent: accepted.traceparent,
+    },
+    redact: secrets === undefined ? undefined : redactor(secrets),
+    exchange,
+    leave() {
+      gone.abort(new DOMException('The caller is gone', 'AbortError'))
+      exchange?.leave()
+    },
+  }
+}
+
+/** A bundle holds no types any more. */
+const runtimeOf = (runtime: Runtime | undefined, bundled: boolean): Runtime =>
+  bundled && runtime === 'typescript' ? 'javascript' : (runtime ?? 'javascript')
+
+async function secretsOf({ secrets }: JobContext, names: string[]): Promise<Record<string, string>> {
+  try {
+    return secrets.values(names)
+  } catch {
+    await delay(secretDelayMs)
+  }
+  try {
+    return secrets.values(names)
+  } catch (cause) {
+    throw new Refusal('invalid_workload', (cause as Error).message, { cause })
+  }
+}
+
+async function requestOf(
+  context: JobContext,
+  accepted: AcceptedEvent,
+  call: HttpCall,
+  exchange: RunnerExchange | undefined,
+  gone: AbortSignal,
+): Promise<HttpRequest> {
+  let { headers } = call
+  try {
+    headers = unsealHeaders(call, context.box, accepted.subject)
+  } catch (cause) {
+    throw new Refusal('internal', 'its credential headers were encrypted with another key', { cause })
+  }
+  if (accepted.traceparent !== undefined) headers = [...headers, ['traceparent', accepted.traceparent]]
+  const { body } = call
+  if (body === 'live' && exchange === undefined)
+    throw new Refusal('internal', 'the body of its request was not kept')
+  return {
+    method: call.method,
+    url: withoutPrefix(call.url),
+    headers,
+    body:
+      body === 'live'
+        ? exchange!.body()
+        : await bodyBytes(body, (digest) => blobOf(context, digest, 'request body')),
+    gone,
+  }
+}
+
+/** `http://host/fn/name@ref/rest?query` without `/fn/name@ref`. */
+export function withoutPrefix(url: string): string {
+  const path = url.indexOf('/', url.indexOf('//') + 2)
+  const prefix = /^\/fn\/[^/?#]*/.exec(url.slice(path))?.[0].length ?? 0
+  const rest = url.slice(path + prefix)
+  return `${url.slice(0, path)}${rest.startsWith('/') ? '' : '/'}${rest}`
+}
+
+async function blobOf({ blobs }: JobContext, digest: Digest, what: string): Promise<Uint8Array> {
+  const bytes = await unlessGone(blobs.get(digest), `its ${what} ${digest}`)
+  if (bytes === undefined) throw new Refusal('internal', `its ${what} ${digest} is no longer stored`)
+  return bytes
+}
+
+/** What cannot be read for good makes the workload impossible. */
+async function unlessGone<T>(reading: Promise<T>, what: string): Promise<T> {
+  try {
+    return await reading
+  } catch (cause) {
+    if (cause instanceof BusUnavailable) throw cause
+    throw new Refusal('internal', `${what} cannot be read: ${(cause as Error).message}`, { cause })
+  }
+}

@@ -1,0 +1,120 @@
+import pino from 'pino'
+import { test } from 'uvu'
+import * as assert from 'uvu/assert'
+import { Bundles } from '../../runners/bundles.ts'
+import { startPrewarm } from '../../runners/prewarm.ts'
+import type { Runner } from '../../runners/runner.ts'
+import { FunctionRecord, FunctionSpec, FunctionVersion } from '../../shared/functions.ts'
+import { Registry } from '../../shared/registry.ts'
+import { type Ground, ground, until } from '../shared/support.ts'
+
+const versionId = (n: number) => `v${String(n).padStart(16, '0')}`
+
+async function world() {
+  const on = await ground()
+  const registry = await Registry.open(on.bus, 1)
+  const calls: { code: string; count: number; limits: { memory_mb: number } }[] = []
+  const runner: Pick<Runner, 'prewarm'> = {
+    prewarm: ({ code, limits }, count) => void calls.push({ code, count, limits }),
+  }
+  return {
+    ...on,
+    registry,
+    calls,
+    /** What is kept warm now, by code. */
+    warm: () => Object.fromEntries(calls.map(({ code, count }) => [code, count])),
+    start: () =>
+      startPrewarm({
+        isolation: 'isolate',
+        functions: registry,
+        bundles: new Bundles(on.blobs),
+        runner,
+        log: pino({ level: 'silent' }),
+      }),
+    async [Symbol.asyncDispose]() {
+      registry.close()
+      await on[Symbol.asyncDispose]()
+    },
+  }
+}
+
+async function deploy(
+  { blobs, registry }: Pick<Ground, 'blobs'> & { registry: Registry },
+  name: string,
+  n: number,
+  spec: Partial<FunctionSpec>,
+  over: Partial<FunctionRecord> = {},
+) {
+  const bundle = await blobs.put(Buffer.from(`${name} ${n}`))
+  const { code: _, ...rest } = FunctionSpec.parse({ code: 'x', ...spec })
+  const now = new Date().toISOString()
+  const version = FunctionVersion.parse({
+    name,
+    version: versionId(n),
+    created_at: now,
+    isolation: 'isolate',
+    routing_reason: 'test',
+    runtime: 'typescript',
+    bundle: { ...bundle, map: null },
+    source: null,
+    spec: rest,
+    warnings: [],
+  })
+  await registry.putVersion(version)
+  const known = registry.get(name)
+  const record = FunctionRecord.parse({
+    name,
+    created_at: now,
+    updated_at: now,
+    deleted_at: null,
+    latest: version.version,
+    versions: [{ version: version.version, deployed_at: now }, ...(known?.record.versions ?? [])],
+    aliases: known?.record.aliases ?? {},
+    ...over,
+  })
+  await registry.put(record, known?.revision ?? 0)
+  return record
+}
+
+test('what a call without a ref means is kept warm: at the start, after a deploy, an alias move and a deletion', async () => {
+  await using on = await world()
+  await deploy(on, 'early', 1, { prewarm: 2 })
+  await deploy(on, 'never', 1, {})
+  using _ = on.start()
+  await until('the first', () => on.warm()['early 1'] === 2 || undefined)
+
+  await deploy(on, 'early', 2, { prewarm: 3 })
+  await until('the second', () => (on.warm()['early 2'] === 3 && on.warm()['early 1'] === 0) || undefined)
+
+  const { record, revision } = on.registry.get('early')!
+  await on.registry.put({ ...record, aliases: { live: { version: versionId(1) } } }, revision)
+  await until('the rollback', () => (on.warm()['early 1'] === 2 && on.warm()['early 2'] === 0) || undefined)
+
+  const split = on.registry.get('early')!
+  const weights = { [versionId(1)]: 90, [versionId(2)]: 10 }
+  await on.registry.put({ ...split.record, aliases: { live: { weights } } }, split.revision)
+  await until('both', () => (on.warm()['early 1'] === 2 && on.warm()['early 2'] === 3) || undefined)
+
+  const last = on.registry.get('early')!
+  await on.registry.put({ ...last.record, deleted_at: new Date().toISOString() }, last.revision)
+  await until('neither', () => (on.warm()['early 1'] === 0 && on.warm()['early 2'] === 0) || undefined)
+  assert.is(on.warm()['never 1'], undefined)
+})
+
+test('each change is told once, with the limits of the version', async () => {
+  await using on = await world()
+  using _ = on.start()
+  await deploy(on, 'one', 1, {
+    prewarm: 1,
+    limits: { timeout_s: 5, memory_mb: 64, cpu: 1, pids: 1, output_mb: 1 },
+  })
+  await until('it', () => on.calls.length > 0 || undefined)
+  const { record, revision } = on.registry.get('one')!
+  await on.registry.put({ ...record, aliases: { beta: { version: versionId(1) } } }, revision)
+  await deploy(on, 'two', 1, { prewarm: 1 })
+  await until('the other', () => on.warm()['two 1'] === 1 || undefined)
+  assert.is(on.calls.length, 2)
+  assert.is(on.calls[0]!.limits.memory_mb, 64)
+})
+
+test.run()
