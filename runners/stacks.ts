@@ -69,6 +69,8 @@ export class Stacks {
 export function mapPlaces(stack: string, trace: TraceMap): string {
   const mapLine = (line: string) =>
     line.replace(place, (whole, row, column) => {
+      // Code can write such a line itself; both count from 1.
+      if (Number(row) < 1 || Number(column) < 1) return whole
       const {
         source,
         line,

@@ -116,9 +116,17 @@ export function checkFolders(files: Files): void {
 }
 
 const fileTypes = new Set(['File', 'OldFile', 'ContiguousFile'])
+/** How gzip and zstd begin. */
+const compressed = [
+  [0x1f, 0x8b],
+  [0x28, 0xb5, 0x2f, 0xfd],
+]
 const passedOver = new Set(['Directory', 'GNUDumpDir', 'GlobalExtendedHeader', 'ExtendedHeader'])
 
 function readTar(bytes: Uint8Array, files: Collected): Promise<void> {
+  // The parser would unpack it once more, without a limit.
+  if (compressed.some((magic) => magic.every((byte, i) => bytes[i] === byte)))
+    return Promise.reject(refuse('it is compressed twice, or by zstd'))
   return new Promise((resolve, reject) => {
     let failure: unknown
     const parser = new Parser({

@@ -141,21 +141,45 @@ export class Realm implements Disposable {
    * `lent` is in its scope: the functions of the host.
    */
   guest(fn: string, ...args: unknown[]): Promise<unknown> {
-    const call = this.context.evalSync(`(async ({ guest, lent }, ...args) => (${fn})(guest, ...args))`, {
-      reference: true,
-    })
-    return call.apply(undefined, [this.#guest.derefInto(), ...args], {
-      arguments: { copy: true },
-      result: { promise: true, copy: true },
-    })
+    return this.#call(`({ guest, lent }, ...args) => (${fn})(guest, ...args)`, [
+      this.#guest.derefInto(),
+      ...args,
+    ])
   }
 
   /** Runs user code as the body of an async function; gives a copy of what it returns. */
   evaluate(body: string, ...args: unknown[]): Promise<any> {
-    return this.context.evalClosure(`return (async (...args) => {${body}\n})(...$0)`, [args], {
+    return this.#call(`async (...args) => {${body}\n}`, args)
+  }
+
+  /** On this thread: an isolate that is entered from another one can be entered in the midst of a callback. */
+  async #call(fn: string, args: unknown[]): Promise<unknown> {
+    const settled = Promise.withResolvers<boolean>()
+    const call = this.context.evalSync(
+      `((settle, ...args) => {
+        let result
+        const done = (ok, value) => {
+          result = value
+          settle(ok)
+        }
+        void (async () => (${fn})(...args))().then(
+          (value) => done(true, value),
+          (error) => done(false, [error?.name, error?.message, error?.stack].map(String)),
+        )
+        return () => result
+      })`,
+      { reference: true },
+    )
+    const settle = new isolatedVm.Callback((ok: boolean) => settled.resolve(ok))
+    const result = call.applySync(undefined, [settle, ...args], {
       arguments: { copy: true },
-      result: { promise: true, copy: true },
-    })
+      result: { reference: true },
+    }) as ivm.Reference
+    const ok = await settled.promise
+    const value = result.applySync(undefined, [], { result: { copy: true } })
+    if (ok) return value
+    const [name, message, stack] = value as unknown as string[]
+    throw Object.assign(new Error(message), { name, stack })
   }
 
   /** Puts a function of ours on the global object: for tests only. */

@@ -9,14 +9,9 @@ export const reasons: [path: RegExp, reason: string][] = [
     'Names with an invalid `xn--` label: whatwg-url lets plain ASCII names through, and so does Node’s own URL.',
   ],
   [
-    /^url\/toascii|^url\/Idna|^url\/percent-encoding/,
-    'The tables of tr46 are of another Unicode version than the tests.',
-  ],
-  [
     /^urlpattern\/.*generate/,
     '`URLPattern.prototype.generate` is a proposal; the polyfill does not have it.',
   ],
-  [/^urlpattern\/.*compare/, '`URLPattern.compareComponent` is a proposal.'],
   [
     /^urlpattern\//,
     'urlpattern-polyfill percent-encodes some characters beyond the basic plane in names of groups, is stricter with whitespace in ports and differs in some error cases.',
@@ -30,18 +25,9 @@ export const reasons: [path: RegExp, reason: string][] = [
     'Deliberate, as in all server runtimes: no request header is forbidden (`host`, `cookie`, `origin` …).',
   ],
   [
-    /request-init-priority|request-init-stream|request-error/,
-    'undici does not check every member of RequestInit.',
-  ],
-  [
     /consume-empty/,
     'An empty FormData is sent as a closing boundary, as undici does; the test wants nothing at all.',
   ],
-  [
-    /response-headers-guard|response-stream-disturbed-5/,
-    'Timing of a body that the host delivers piece by piece.',
-  ],
-  [/^fetch\/data-urls\/processing/, 'whatwg-url refuses some data: URLs with `//` and a port that is none.'],
   [/owning-type/, '`type: "owning"` is a proposal; VideoFrame belongs to browsers.'],
   [
     /streams\/piping\/general-addition/,
@@ -53,7 +39,6 @@ export const reasons: [path: RegExp, reason: string][] = [
     'fflate does not check the Adler-32 sum of a deflate stream, nor what follows its end.',
   ],
   [/compression\/compression-output-length/, 'Fetches a large media file that the folder does not hold.'],
-  [/compression\//, 'fflate knows deflate, deflate-raw and gzip.'],
   [/structured-clone/, 'A SharedArrayBuffer cannot be cloned: there is nobody to share it with.'],
   [
     /EventTarget-removeEventListener|queue-microtask-exceptions|no-regexp-special|event-global/,
@@ -66,9 +51,4 @@ export const reasons: [path: RegExp, reason: string][] = [
     /WebCryptoAPI\/historical/,
     'Expects no `crypto.subtle` outside of secure contexts; an isolate always is one.',
   ],
-  [
-    /WebCryptoAPI\//,
-    'As Node’s own Web Crypto, which does the work, answers: names of errors, algorithms still in draft.',
-  ],
-  [/^hr-time\//, 'Some members of Performance belong to pages.'],
 ]

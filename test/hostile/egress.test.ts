@@ -43,8 +43,6 @@ async function reaches(url: string, policy: Egress, options: EgressOptions): Pro
   } catch (error) {
     assert.ok(error instanceof EgressDenied || error instanceof TypeError, String(error))
     return false
-  } finally {
-    if (asked.length > 0 && policy !== 'all') assert.ok(true)
   }
 }
 
@@ -122,7 +120,7 @@ for (const host of [
   })
 
 test('held: the broker’s address is reached where it is public', async () => {
-  // 192.88.99.1 stands for none of them: a name is made to lead to a public address that nothing here answers at.
+  // A name is made to lead to a public address; whether anything answers there does not matter.
   const resolve = async () => ['93.184.216.34']
   const denied = async (platform: string[]) => {
     await using gate = new EgressGate({ resolve, platform })
@@ -260,7 +258,6 @@ test('held: proxies and credentials of the host are used', async () => {
     assert.is(
       await reaches('http://proxied.example.com:4222/', 'all', {
         resolve: async () => ['93.184.216.34'],
-        ...{},
       }),
       false,
     )
