@@ -107,16 +107,19 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
       throw new Problem('upgrade_unsupported', {
         detail: 'functions are called by HTTP requests, not by WebSocket',
       })
+    if (!URL.canParse(request.url))
+      throw new Problem('invalid_header', { detail: 'it names no host that a URL can have', field: 'Host' })
     const { name, ref } = parseTarget(pattern.exec(incoming.url!)![1]!)
     const target = targetOf(context, name, ref)
     const method = incoming.method ?? 'GET'
     const { prefer } = incoming.headers
     const preference =
-      typeof prefer === 'string' && prefer.includes('respond-async') ? parsePrefer(prefer) : undefined
+      typeof prefer === 'string' && /respond-async/i.test(prefer) ? parsePrefer(prefer) : undefined
     const call = { method, target, request, incoming, outgoing }
-    return preference === undefined
-      ? await answerNow({ ...call, id: newWorkloadId() })
-      : await answerLater(call, preference)
+    // The word may stand in another preference, or be a part of one.
+    return preference?.applied?.split(', ').includes('respond-async') === true
+      ? await answerLater(call, preference)
+      : await answerNow({ ...call, id: newWorkloadId() })
   }
 
   /** The caller waits; the response goes out as it comes. */

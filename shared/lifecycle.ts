@@ -109,7 +109,10 @@ export const bodyBlob = (body: HttpBody | undefined): BlobRef | null =>
     : null
 
 const httpOf = (call: HttpCall | null | undefined): Workload['http'] =>
-  call == null ? null : { method: call.method, path: new URL(call.url).pathname, status: null }
+  call == null ? null : { method: call.method, path: pathOf(call.url), status: null }
+
+/** Whatever stands in an event, it can be folded: a host such as 1.2.3.999 makes no URL. */
+const pathOf = (url: string): string => URL.parse(url)?.pathname ?? url.split(/[?#]/, 1)[0]!
 
 const millisecondsBetween = (from: string, to: string): number =>
   Math.max(0, Date.parse(to) - Date.parse(from))

@@ -4,7 +4,7 @@ import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { gzipSync } from 'node:zlib'
+import { gzipSync, zstdCompressSync } from 'node:zlib'
 import { build as esbuild } from 'esbuild'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -563,6 +563,15 @@ test('what unpacks to too much is refused before it is there', async () => {
     assert.match((await problemOf(unpack(archive, limits))).message, 'more than 10 files')
   const all = gzipSync(Buffer.alloc(archiveLimits.bytes + 64 * 1_048_576))
   assert.match((await problemOf(unpack(all))).message, 'unpacks to more than')
+})
+
+test('what is compressed a second time, or in another way, is not unpacked at all', async () => {
+  const tar = tarOf([{ path: 'index.ts', text: 'x' }])
+  const disguised = Buffer.alloc(600)
+  disguised.set([0x28, 0xb5, 0x2f, 0xfd])
+  disguised.write('ustar', 257)
+  for (const bytes of [gzipSync(gzipSync(tar)), gzipSync(zstdCompressSync(tar)), disguised])
+    assert.match((await problemOf(unpack(bytes))).message, 'compressed twice')
 })
 
 test('what is no archive, or a broken one, is refused', async () => {

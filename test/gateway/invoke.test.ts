@@ -473,6 +473,12 @@ test('with respond-async a key stands for one workload, and a wait for its answe
   const other = await send('b', 'respond-async')
   assert.is(other.status, 409)
   assert.is(here.worker.runner.ran.length, 1)
+  assert.is((await send('a', 'Respond-Async')).status, 202)
+  for (const prefer of ['respond-asynchronously', 'x="respond-async"', 'wait=1']) {
+    const now = await send('now', prefer)
+    assert.is(now.status, 200, prefer)
+    assert.is(now.body.toString(), 'now')
+  }
 })
 
 test('why a response cannot be fetched is said', async () => {
@@ -572,6 +578,11 @@ test('what is no call is refused: no function, deleted, no such version or alias
   for await (const part of absolute) text += part
   assert.match(text, 'HTTP/1.1 200 ')
   assert.match(text, `"url":"${here.gateway.url}/x"`)
+  for (const host of ['1.2.3.999', 'xn--a-.999']) {
+    const odd = await fetchRaw(here.gateway, '/fn/here', { headers: { host } })
+    assert.is(odd.status, 400, host)
+    assert.is(JSON.parse(odd.body.toString()).code, 'invalid_header')
+  }
   const upgrade = await fetchRaw(here.gateway, '/fn/here', {
     headers: { connection: 'Upgrade', upgrade: 'websocket' },
   })

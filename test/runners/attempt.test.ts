@@ -206,11 +206,12 @@ test('a stack points at the lines the user wrote', async () => {
     mappings: ';;IAUG',
   })
   const stored = await on.blobs.put(Buffer.from(map))
+  let forged: string | undefined
   const code: Code = (_job, _signal, log) => {
     log(line('before'))
-    log(line('Error: caught\n    at run (index.js:3:5)'))
+    log(line(forged ?? 'Error: caught\n    at run (index.js:3:5)'))
     log(line('after'))
-    return broken
+    return forged === undefined ? broken : { ...broken, error: { message: 'forged', stack: forged } }
   }
   const broken: Outcome = {
     status: 'failed',
@@ -242,6 +243,14 @@ test('a stack points at the lines the user wrote', async () => {
     event.data.lines.map(({ text }) => text),
     ['before', 'Error: caught\n    at run (src/main.ts:11:4)', 'after'],
   )
+  // Places that cannot be, as code may write them itself: in a line while it runs, and in its error.
+  forged = 'Error: forged\n    at run (index.js:0:1)\n    at run (index.js:1:0)'
+  const liar = await submit(on.bus, {}, { bundle: { ...blob, map: stored.blob } })
+  const forgery = await untilEnd(on.bus, liar.id)
+  assert.equal(kindsOf(await history(on.bus, liar.id)), ['accepted', 'started', 'failed'])
+  assert.is(forgery.data.error!.stack, forged)
+  assert.is(forgery.data.logs!.lines, 3)
+  forged = undefined
   const unmapped = await submit(on.bus, {}, { bundle: { ...blob, map: digestOf('gone') } })
   assert.match((await untilEnd(on.bus, unmapped.id)).data.error!.stack!, 'run (index.js:3:5)')
 })

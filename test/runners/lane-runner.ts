@@ -6,13 +6,16 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { TopologyOptions } from '../../shared/topology.ts'
 import { completed, startWorker } from './support.ts'
 
+/** Milliseconds of the monotonic clock, the same for all processes of a host. */
+const clock = () => Number(process.hrtime.bigint()) / 1e6
+
 const [url, ackWaitMs, slots] = process.argv.slice(2)
 const worker = await startWorker(
   { nats: { url: url! }, topology: TopologyOptions.parse({ ackWaitMs }) },
   async (job) => {
-    process.send!({ type: 'start', id: job.id, attempt: job.attempt, at: Date.now() })
+    process.send!({ type: 'start', id: job.id, attempt: job.attempt, at: clock() })
     await delay(Number(job.code))
-    process.send!({ type: 'end', id: job.id, at: Date.now() })
+    process.send!({ type: 'end', id: job.id, at: clock() })
     return completed()
   },
   { slots: Number(slots) },
@@ -21,4 +24,4 @@ process.on('message', async () => {
   await worker[Symbol.asyncDispose]()
   process.disconnect!()
 })
-process.send!({ type: 'ready', id: worker.id, at: Date.now() })
+process.send!({ type: 'ready', id: worker.id, at: clock() })

@@ -139,6 +139,16 @@ test('a whole life is told by its record', () => {
   assert.equal(record!.output, { y: 6 })
 })
 
+test('a call by HTTP is folded whatever its URL is', () => {
+  const call = { method: 'GET', headers: [], sealed: null, body: null, gateway: null }
+  const pathOf = (url: string) => {
+    const accepted = acceptedEvent(newWorkloadId())
+    return begin({ ...accepted, data: { ...accepted.data, http: { ...call, url } } }, 1).http!.path
+  }
+  assert.is(pathOf('http://h/fn/a/b?token=x'), '/fn/a/b')
+  assert.is(pathOf('http://1.2.3.999/fn/a?token=x'), 'http://1.2.3.999/fn/a')
+})
+
 test('random event sequences fold to the same record once, with repeats and with late duplicates', () => {
   const seed = Date.now() % 1_000_000
   const random = seeded(seed)
