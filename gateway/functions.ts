@@ -12,11 +12,12 @@ import {
   type FunctionVersion,
   type Lane,
   laneOf,
+  lanesOf,
 } from '../shared/functions.ts'
 import { sha256Hex } from '../shared/ids.ts'
 import type { Registry } from '../shared/registry.ts'
 import type { Secrets } from '../shared/secrets.ts'
-import { ensureLane, type TopologyOptions } from '../shared/topology.ts'
+import { ensureLane, laneConsumer, type TopologyOptions } from '../shared/topology.ts'
 import { FunctionName, type Runtime, VersionId, WorkloadSpec } from '../shared/workload.ts'
 import { parseWith } from './admission.ts'
 import { parseJson, requireJson, withBody } from './body.ts'
@@ -100,11 +101,17 @@ export function functionRoutes(deps: FunctionRoutes): Hono {
     if (version === undefined) return c.body(null, 400)
     const lane = laneFor(version)
     if (lane !== undefined) {
-      await ensureLane(bus.jsm, topology, lane)
-      await registry.putLane(lane)
+      // Another version may be the one that its numbers come from.
+      const standing = registry.lanes().find((one) => laneConsumer(one) === laneConsumer(lane))
+      await ensureLane(bus.jsm, topology, standing ?? lane)
+      if (standing === undefined) await registry.putLane(lane)
     }
     await store(version)
     const { record, created } = await adopt(version)
+    for (const wanted of lanesOf(record, (id) => registry.version(name, id))) {
+      await ensureLane(bus.jsm, topology, wanted)
+      await registry.putLane(wanted)
+    }
     const { warnings } = version
     return c.json({ ...full(record, c.req.url), created, warnings }, created ? 201 : 200, {
       Location: `/v1/functions/${name}`,

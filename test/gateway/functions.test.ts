@@ -371,6 +371,16 @@ test('a function with a limit has a lane before it can be called', async () => {
   assert.is(consumer.config.max_ack_pending, 5)
   await put(gateway, 'narrow', { code, concurrency: 7 })
   assert.is(gateway.registry.lanes()[0]?.concurrency, 7)
+  // What is deployed beside the live version does not change what holds for that.
+  const live = gateway.registry.get('narrow')!.record.latest
+  await call(gateway, 'PUT', '/v1/functions/narrow/aliases/live', { body: { version: live } })
+  const seen = new Set<number | null>()
+  const unfollow = gateway.registry.onChange(() => seen.add(gateway.registry.lanes()[0]!.concurrency))
+  assert.is((await put(gateway, 'narrow', { code, concurrency: 50 })).status, 201)
+  unfollow()
+  assert.equal([...seen], [7])
+  const { config } = await gateway.bus.jsm.consumers.info(WORK, laneConsumer(lane!))
+  assert.is(config.max_ack_pending, 7)
 })
 
 test('a version’s id depends on its content alone, in whatever order it is written', () => {

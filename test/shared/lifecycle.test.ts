@@ -142,7 +142,7 @@ test('a whole life is told by its record', () => {
 test('a call by HTTP is folded whatever its URL is', () => {
   const call = { method: 'GET', headers: [], sealed: null, body: null, gateway: null }
   const pathOf = (url: string) => {
-    const accepted = acceptedEvent(newWorkloadId())
+    const accepted = acceptedEvent()
     return begin({ ...accepted, data: { ...accepted.data, http: { ...call, url } } }, 1).http!.path
   }
   assert.is(pathOf('http://h/fn/a/b?token=x'), '/fn/a/b')
