@@ -125,9 +125,16 @@ const codeOf = (error: unknown): string | undefined =>
 
 const isDamaged = (error: unknown): boolean => /^SQLITE_(CORRUPT|NOTADB)/.test(codeOf(error) ?? '')
 
+/** Our own code failed on what a message says: it would fail again. */
+export class Unfoldable extends Error {
+  override name = 'Unfoldable'
+}
+
 /** True where the same statements will fail again however often they are tried. */
 export const isHopeless = (error: unknown): boolean =>
-  error instanceof RangeError || /^SQLITE_(CONSTRAINT|TOOBIG|MISMATCH|RANGE)/.test(codeOf(error) ?? '')
+  error instanceof Unfoldable ||
+  error instanceof RangeError ||
+  /^SQLITE_(CONSTRAINT|TOOBIG|MISMATCH|RANGE)/.test(codeOf(error) ?? '')
 
 /** The connection was replaced under the query; asking again is enough. */
 export const wasReplaced = (error: unknown): boolean => codeOf(error) === 'CLIENT_CLOSED'

@@ -6,7 +6,7 @@ import type { StoredMessage } from '../shared/follow.ts'
 import { bodyBlob, fold, hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import { EVENTS } from '../shared/topology.ts'
-import type { Database } from './database.ts'
+import { type Database, Unfoldable } from './database.ts'
 import { parseJson, rarely } from './messages.ts'
 import type { Plan, Projection } from './project.ts'
 import { workloads } from './schema.ts'
@@ -175,7 +175,7 @@ export function eventProjection(log: Logger): Projection {
         else {
           const { event } = one
           const known = changed.get(event.subject) ?? recent.get(event.subject) ?? stored.get(event.subject)
-          const folded = fold(known?.record, event, message.seq)
+          const folded = foldable(() => fold(known?.record, event, message.seq))
           if ('illegal' in folded) {
             sayIllegal(event, folded.illegal)
             count(`illegal.${folded.illegal}`, message.seq)
@@ -187,7 +187,7 @@ export function eventProjection(log: Logger): Projection {
         }
       }
       return {
-        statements: [...upsert(changed.values()), ...labels(begun)],
+        statements: foldable(() => [...upsert(changed.values()), ...labels(begun)]),
         touched: changed.keys(),
         counted,
         committed() {
@@ -195,6 +195,15 @@ export function eventProjection(log: Logger): Projection {
         },
       }
     },
+  }
+}
+
+/** What throws here would throw again: the one message is counted out, and the fold goes on. */
+function foldable<T>(act: () => T): T {
+  try {
+    return act()
+  } catch (cause) {
+    throw new Unfoldable('a message cannot be folded', { cause })
   }
 }
 

@@ -5,6 +5,11 @@ const shortest = 4
 /** A single line of a value of several is hidden from this length on. */
 const shortestLine = 8
 
+/** Texts from this length on (UTF-16 units) may have been cut in the sandbox, and a value with them. */
+const mayBeCut = 15_000
+/** What the sandbox writes behind a line that it cut. */
+const cutMark = /(?: … \[line cut: it had \d+ bytes\])?$/
+
 export type Redact = (text: string) => string
 
 /**
@@ -25,6 +30,16 @@ export function redactor(secrets: Record<string, string>): Redact | undefined {
   if (forms.length === 0) return undefined
   return (text) => {
     for (const [form, word] of forms) if (text.includes(form)) text = text.replaceAll(form, () => word)
-    return text
+    return text.length < mayBeCut ? text : withoutBeginning(text, forms)
   }
+}
+
+/** Without the beginning of a value that a cut left at the end. */
+function withoutBeginning(text: string, forms: [form: string, word: string][]): string {
+  const end = cutMark.exec(text)!.index
+  for (const [form, word] of forms)
+    for (let kept = Math.min(form.length - 1, end); kept >= shortest; kept--)
+      if (text.startsWith(form.slice(0, kept), end - kept))
+        return text.slice(0, end - kept) + word + text.slice(end)
+  return text
 }

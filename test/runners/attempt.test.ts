@@ -255,4 +255,17 @@ test('a stack points at the lines the user wrote', async () => {
   assert.match((await untilEnd(on.bus, unmapped.id)).data.error!.stack!, 'run (index.js:3:5)')
 })
 
+test('of a value that a cut text ends with, the beginning is hidden too', () => {
+  const redact = redactor({ KEY: 'sk_live_0123456789', OTHER: 'other-value' })!
+  const long = 'x'.repeat(16_000)
+  assert.is(redact(`${long}sk_live_01`), `${long}[redacted: KEY]`)
+  const mark = ' … [line cut: it had 70000 bytes]'
+  assert.is(
+    redact(`${long} sk_live_0123456789 sk_l${mark}`),
+    `${long} [redacted: KEY] [redacted: KEY]${mark}`,
+  )
+  assert.is(redact(`${long}sk_`), `${long}sk_`)
+  assert.is(redact('a short sk_live_01'), 'a short sk_live_01')
+})
+
 test.run()
