@@ -16,12 +16,13 @@ const widths = [1, 64]
 /** Functions that are called once each. */
 const coldFunctions = 60
 
-const code = `export default {
+const codeTimes = (factor: number) => `export default {
   async fetch(request) {
     const { x } = await request.json()
-    return Response.json({ y: x * 2 })
+    return Response.json({ y: x * ${factor} })
   },
 }`
+const code = codeTimes(2)
 const body = JSON.stringify({ x: 21 })
 
 const peers = await installPeers(console.log)
@@ -29,7 +30,7 @@ await using platform = await startTestPlatform()
 await using workerd = await startWorkerd(peers, code)
 await using restate = await startRestate(peers)
 await deploy('double', code)
-for (let n = 0; n < coldFunctions * rounds; n++) await deploy(`cold-${n}`, `${code}\n// ${n}`)
+for (let n = 0; n < coldFunctions * rounds; n++) await deploy(`cold-${n}`, codeTimes(n + 3))
 
 console.log(
   `${seconds} s a measurement, ${rounds} rounds, medians; Node ${process.version}, ${process.platform}`,

@@ -21,11 +21,21 @@ export async function answers(url: string, child: ChildProcess): Promise<void> {
   throw new Error(`${child.spawnfile} does not answer at ${url}`)
 }
 
+/**
+ * Ends a process that was started `detached`, with all of its group: the peers’ commands are scripts that start the
+ * real thing and do not pass signals on.
+ */
 export async function ended(child: ChildProcess): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return
-  const exit = once(child, 'exit')
-  child.kill('SIGTERM')
-  const timer = setTimeout(() => child.kill('SIGKILL'), 5_000)
-  await exit
-  clearTimeout(timer)
+  const group = -child.pid!
+  const exit = child.exitCode === null && child.signalCode === null ? once(child, 'exit') : undefined
+  try {
+    process.kill(group, 'SIGTERM')
+    const timer = setTimeout(() => process.kill(group, 'SIGKILL'), 5_000)
+    await exit
+    clearTimeout(timer)
+    // What is left of the group when its leader is gone.
+    process.kill(group, 'SIGKILL')
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error
+  }
 }

@@ -26,7 +26,7 @@ export async function startRestate(peers: string): Promise<Peer> {
     const script = join(folder, 'service.mjs')
     await writeFile(script, service(sdk, code))
     const own = { ...process.env, RESTATE_LOGGING: 'ERROR', RUST_LOG: 'error' }
-    const sdkProcess = spawn(process.execPath, [script], { env: own, stdio: 'ignore' })
+    const sdkProcess = spawn(process.execPath, [script], { env: own, stdio: 'ignore', detached: true })
     scope.defer(() => ended(sdkProcess))
     const server = spawn(
       join(peers, 'node_modules/.bin/restate-server'),
@@ -42,6 +42,7 @@ export async function startRestate(peers: string): Promise<Peer> {
           DO_NOT_TRACK: '1',
         },
         stdio: 'ignore',
+        detached: true,
       },
     )
     scope.defer(() => ended(server))

@@ -26,6 +26,7 @@ export async function startWorkerd(peers: string, code: string): Promise<Peer> {
   const child = spawn(join(peers, 'node_modules/.bin/workerd'), ['serve', 'config.capnp'], {
     cwd: folder,
     stdio: 'ignore',
+    detached: true,
   })
   const url = `http://127.0.0.1:${port}`
   await answers(url, child)
