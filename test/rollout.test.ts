@@ -82,4 +82,34 @@ test('no call fails while new versions are deployed, and one that begins after a
   assert.ok(Object.keys(counts).length > 3, JSON.stringify(counts))
 })
 
+test('500 calls at once of a function with concurrency 5 all end well, and at most 5 run at once', async () => {
+  await using platform = await startTestPlatform()
+  const { url } = platform
+  const code = `export default { async fetch() {
+    const from = Date.now()
+    await new Promise((resolve) => setTimeout(resolve, 5))
+    return Response.json({ from, to: Date.now() })
+  } }`
+  const deployed = await http(`${url}/v1/functions/five`, { method: 'PUT', body: { code, concurrency: 5 } })
+  assert.is(deployed.status, 201, JSON.stringify(deployed.body))
+  const calls = Array.from({ length: 500 }, () => http<{ from: number; to: number }>(`${url}/fn/five`))
+  const answers = await Promise.all(calls)
+  assert.equal(
+    answers.filter(({ status }) => status !== 200),
+    [],
+  )
+  // In one and the same millisecond an end comes before a start.
+  const steps = answers.flatMap(({ body }) => [
+    { at: body.from, step: 1 },
+    { at: body.to, step: -1 },
+  ])
+  let now = 0
+  let most = 0
+  for (const { step } of steps.sort((a, b) => a.at - b.at || a.step - b.step)) {
+    now += step
+    most = Math.max(most, now)
+  }
+  assert.ok(most >= 2 && most <= 5, `${most} at once`)
+})
+
 test.run()
