@@ -1,6 +1,6 @@
 /** Content-addressed bytes in the object store: payloads too large for a message, bundles, archives. */
 import { createHash } from 'node:crypto'
-import { JetStreamApiError } from '@nats-io/jetstream'
+import { JetStreamApiError, type StoredMsg } from '@nats-io/jetstream'
 import { type ObjectInfo, type ObjectStore, Objm } from '@nats-io/obj'
 import { headers } from '@nats-io/transport-node'
 import { type Bus, isNoRoom } from './bus.ts'
@@ -19,9 +19,6 @@ export interface StoredBlob {
 
 /** An unreferenced blob younger than this may belong to a request on its way; it is put again rather than trusted. */
 export const blobGraceMs = 24 * 3_600_000
-
-/** Milliseconds without a chunk after which reading is given up. */
-const stallMs = 10_000
 
 /** A stored blob has lost a part or holds other bytes: reading it again will not help. */
 export class BlobCorrupt extends Error {
@@ -87,29 +84,47 @@ export class Blobs {
   async open(digest: Digest): Promise<{ size: number; chunks: AsyncGenerator<Uint8Array> } | undefined> {
     const info = await this.#info(digest)
     if (info === null || info.deleted) return undefined
-    // The client waits for ever for chunks that are not there.
     const chunks =
       info.size === 0 ? 1 : await this.#bus.lastSequence(`OBJ_${BLOBS}`, `$O.${BLOBS}.C.${info.nuid}`)
     if (chunks === 0) throw new BlobCorrupt(`blob ${digest} has lost its bytes`)
-    return { size: info.size, chunks: this.#read(digest) }
+    return { size: info.size, chunks: this.#read(digest, info) }
   }
 
-  async *#read(digest: Digest): AsyncGenerator<Uint8Array> {
+  /**
+   * One chunk at a time, as fast as they are taken. The client’s own reading makes a consumer for each object, which
+   * the server keeps for five minutes, and it has 1,000 at most.
+   */
+  async *#read(digest: Digest, { nuid, chunks }: ObjectInfo): AsyncGenerator<Uint8Array> {
     const hash = createHash('sha256')
-    try {
-      const object = await this.#store.get(digest)
-      if (object === null) throw new Error('it was removed')
-      object.error.catch(() => {})
-      for await (const part of unstalled(object.data)) {
-        hash.update(part)
-        yield part
+    const next_by_subj = `$O.${BLOBS}.C.${nuid}`
+    let seq = 0
+    for (let n = 0; n < chunks; n++) {
+      const message = await this.#chunk({ seq: seq + 1, next_by_subj })
+      if (message === null) {
+        // Put anew under the reader, it stands elsewhere now.
+        if ((await this.#info(digest))?.nuid !== nuid)
+          throw new BusUnavailable(`blob ${digest} was replaced while it was read`)
+        throw new BlobCorrupt(`blob ${digest} has lost a part: ${n} of its ${chunks} chunks are there`)
       }
-    } catch (cause) {
-      if (/corrupt/.test((cause as Error).message))
-        throw new BlobCorrupt(`blob ${digest} holds other bytes`, { cause })
-      throw new BusUnavailable(`blob ${digest} could not be read`, { cause })
+      seq = message.seq
+      hash.update(message.data)
+      yield message.data
     }
     if (`sha256:${hash.digest('hex')}` !== digest) throw new BlobCorrupt(`blob ${digest} holds other bytes`)
+  }
+
+  /** From whichever server has it; where one has nothing, the stream’s leader has the last word. */
+  async #chunk(place: { seq: number; next_by_subj: string }): Promise<StoredMsg | null> {
+    const stream = `OBJ_${BLOBS}`
+    try {
+      return (
+        (await this.#bus.jsm.direct.getMessage(stream, place)) ??
+        (await this.#bus.jsm.streams.getMessage(stream, place))
+      )
+    } catch (cause) {
+      if (cause instanceof JetStreamApiError && cause.code === 10037) return null
+      throw new BusUnavailable('a chunk of a blob could not be read', { cause })
+    }
   }
 
   /** Size in bytes; undefined when there is no such blob. */
@@ -163,22 +178,3 @@ export class Blobs {
 
 const isFresh = (info: ObjectInfo | null): boolean =>
   info !== null && !info.deleted && Date.now() - Date.parse(info.mtime) < blobGraceMs / 2
-
-async function* unstalled(data: ReadableStream<Uint8Array>): AsyncGenerator<Uint8Array> {
-  const reader = data.getReader()
-  let over = false
-  try {
-    for (;;) {
-      let timer: NodeJS.Timeout | undefined
-      const stalled = new Promise<never>((_, reject) => {
-        timer = setTimeout(() => reject(new Error(`no chunk came for ${stallMs} ms`)), stallMs)
-      })
-      const { done, value } = await Promise.race([reader.read(), stalled]).finally(() => clearTimeout(timer))
-      over = done
-      if (done) return
-      yield value
-    }
-  } finally {
-    if (!over) void reader.cancel().catch(() => {})
-  }
-}

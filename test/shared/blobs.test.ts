@@ -43,6 +43,14 @@ test('20 MB come back as they were put', async () => {
   assert.is(Buffer.compare(back!, bytes), 0)
 })
 
+test('any number of reads leaves nothing behind in the server', async () => {
+  await using on = await ground()
+  const { blob } = await on.blobs.put(Buffer.from('read often'))
+  // The server takes 1,000 consumers a stream.
+  for (let i = 0; i < 1_100; i++) assert.is((await on.blobs.get(blob))!.byteLength, 10)
+  assert.is((await on.bus.jsm.streams.info(stream)).state.consumer_count, 0)
+})
+
 test('the same bytes are stored once', async () => {
   await using on = await ground()
   const bytes = randomBytes(500_000)
