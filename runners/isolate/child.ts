@@ -27,7 +27,7 @@ import { WebCode } from './web/host.ts'
 
 /** Isolates kept warm, however small they are. */
 const maxWarm = 128
-const maxWarmMb = Number(process.argv[4])
+let maxWarmMb = Number.POSITIVE_INFINITY
 
 // Isolates overflow their stack long before this process does, so that a callback made from the depth of a
 // recursion still has room to work in.
@@ -189,7 +189,11 @@ function refuse(number: number, { message, reason }: Pick<InvalidCode, 'message'
 }
 
 const textOf = (part: Buffer | undefined) => part?.toString('utf8')
-const headerOf = (message: Message): RunHeader => JSON.parse(textOf(message.parts[0])!)
+function headerOf(message: Message): RunHeader {
+  const header: RunHeader = JSON.parse(textOf(message.parts[0])!)
+  maxWarmMb = header.warm_mb
+  return header
+}
 
 function run(message: Message) {
   if (current !== undefined) throw new Error('a run while another is under way')

@@ -11,7 +11,7 @@ import { webBundle } from './web/bundle.ts'
 export interface IsolateOptions extends WallOptions {
   /** What user code may reach where its policy lets it: see `egress.ts`. */
   egress?: EgressOptions
-  /** MiB that the isolates kept warm in one child may hold together; default 192. */
+  /** MiB that the isolates kept warm in all children may hold together; default 512. */
   warmMb?: number
   /** Child processes kept ready; default: one per core, at least 2. */
   min?: number
@@ -21,8 +21,7 @@ export interface IsolateOptions extends WallOptions {
   idleMs?: number
 }
 
-/** MiB of warm isolates in one child. */
-const warmMb = 192
+const defaultWarmMb = 512
 /** A host that cannot run one expression in so many ms does not offer isolates. */
 const probeMs = 5_000
 
@@ -40,7 +39,7 @@ const whatBringsIt = 'npm ci with Node 20 or newer brings isolated-vm and the No
 /** Runs `1 + 1` behind the strongest walls this host can do. */
 export async function probeIsolate(options: IsolateOptions = {}): Promise<Probe> {
   await using egress = new EgressGate()
-  const found = await findWalls(options, { min: 1, max: 1, idleMs: 60_000 }, egress)
+  const found = await findWalls(options, { min: 1, max: 1, idleMs: 60_000, warmMb: defaultWarmMb }, egress)
   if (found.pool === undefined) return { available: false, reason: found.reason, fix: whatBringsIt }
   await found.pool.close()
   return { available: true, capabilities: found.capabilities }
@@ -51,7 +50,8 @@ export async function createIsolateRunner(options: IsolateOptions = {}): Promise
   const min = options.min ?? Math.max(2, availableParallelism())
   const max = Math.max(options.max ?? 32, min)
   const egress = new EgressGate(options.egress)
-  const found = await findWalls(options, { min, max, idleMs: options.idleMs ?? 30_000 }, egress)
+  const { idleMs = 30_000, warmMb = defaultWarmMb } = options
+  const found = await findWalls(options, { min, max, idleMs, warmMb }, egress)
   if (found.pool === undefined) throw new Error(`isolates are not available: ${found.reason}`)
   const { pool, capabilities } = found
   await pool.filled()
@@ -91,7 +91,7 @@ async function findWalls(
   }
   let candidates: Walls[]
   try {
-    candidates = wallCandidates(options, web, options.warmMb ?? warmMb)
+    candidates = wallCandidates(options, web)
   } catch (error) {
     return { reason: `isolated-vm was not found: ${(error as Error).message}` }
   }

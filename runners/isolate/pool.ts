@@ -7,6 +7,7 @@ import type { LogLevel } from '../../shared/workload.ts'
 import type { EgressGate } from '../egress.ts'
 import { inlineResponseBytes, type Job, type Outcome, type Prepared, type RunEvents } from '../runner.ts'
 import { type Occupant, SandboxChild } from './child-process.ts'
+import { HostLoad } from './host-load.ts'
 import type { DoneHeader, Message, RunHeader } from './protocol.ts'
 import { Traffic } from './traffic.ts'
 import type { Walls } from './walls.ts'
@@ -18,6 +19,8 @@ export interface PoolOptions {
   max: number
   /** A child over `min` is let go after so many ms without work. */
   idleMs: number
+  /** MiB that the isolates kept warm in all children may hold together. */
+  warmMb: number
 }
 
 /** How often, in ms, it is considered whether those who wait deserve another child. */
@@ -26,6 +29,8 @@ const patienceMs = 15
 const startMs = 150
 /** When no child has become free for so many ms, those who wait are behind something long. */
 const stallMs = 50
+/** When none has for so many ms, another child is tried even where the host has no time for one. */
+const stuckMs = 500
 /** Weight of the newest run in the running means of what runs take. */
 const newest = 0.05
 /** A run is long after so many ms: its child is no longer counted on, and its memory is watched. */
@@ -57,6 +62,7 @@ export class Pool {
   readonly #options: PoolOptions
   readonly #children = new Set<SandboxChild>()
   readonly #idle: SandboxChild[] = []
+  readonly #load = new HostLoad()
   #waiting: Attempt[] = []
   #patience: NodeJS.Timeout | undefined
   #watch: NodeJS.Timeout | undefined
@@ -137,7 +143,8 @@ export class Pool {
     else {
       this.#prewarmed.delete(header.key)
       for (const child of this.#children)
-        if (child.ready && child.keys.has(header.key)) child.prepare(header, code.code)
+        if (child.ready && child.keys.has(header.key))
+          child.prepare({ ...header, warm_mb: this.warmMbEach }, code.code)
     }
     this.#topUp()
   }
@@ -219,7 +226,7 @@ export class Pool {
       const others = this.#idle.filter((child) => !child.keys.has(header.key))
       others.sort((a, b) => a.keys.size - b.keys.size)
       for (const child of others.slice(0, Math.max(0, count - held))) {
-        child.prepare(header, code)
+        child.prepare({ ...header, warm_mb: this.warmMbEach }, code)
         held++
       }
       if (held < count) this.#refill()
@@ -231,6 +238,11 @@ export class Pool {
     let most = this.#options.min
     for (const { count } of this.#prewarmed.values()) most = Math.max(most, count)
     return Math.min(most, this.#options.max)
+  }
+
+  /** MiB of warm isolates for each child. */
+  get warmMbEach(): number {
+    return this.#options.warmMb / Math.max(1, this.#children.size)
   }
 
   #isWarm(key: string): boolean {
@@ -320,10 +332,12 @@ export class Pool {
 
   /**
    * Whether those who wait would be served sooner by one more child: not when the ones there are soon through with
-   * the queue, nor when the runs already keep every core busy.
+   * the queue, nor when the cores are busy already.
    */
   #wouldHelp(now: number): boolean {
     if (now - this.#waiting[0]!.waitingSince < patienceMs - 1) return false
+    if (now - this.#freedAt > stuckMs) return true
+    if (this.#load.isBusy(now)) return false
     if (now - this.#freedAt > stallMs) return true
     const children = this.#children.size
     const expectedMs = (this.#waiting.length * this.#meanMs) / Math.max(1, children)
@@ -392,6 +406,8 @@ function headerOf(job: Code): RunHeader {
     key: `${job.codeSha256}.${typescript ? 'ts' : 'js'}.${memory_mb}`,
     typescript,
     memory_mb,
+    // Known when it is sent.
+    warm_mb: 0,
     output_bytes: Math.floor(output_mb * 1048576),
     inline_bytes: inlineResponseBytes,
   }
@@ -430,6 +446,7 @@ export class Attempt implements Prepared, Occupant {
   /** Holds `child` for this attempt and has it compile the code meanwhile. */
   reserve(child: SandboxChild): void {
     this.#child = child
+    this.#header.warm_mb = this.#pool.warmMbEach
     child.prepare(this.#header, this.#job.code)
   }
 
@@ -482,6 +499,7 @@ export class Attempt implements Prepared, Occupant {
     // A body that comes piece by piece cannot be sent again: then the child must not ask for the code.
     const entry = traffic.enter()
     const known = child.keys.has(this.key) && !traffic.streams
+    this.#header.warm_mb = this.#pool.warmMbEach
     const header = traffic.streams ? { ...this.#header, follows: true } : this.#header
     child.start(this, header, ctx, known ? undefined : code, input, entry)
     traffic.begin()

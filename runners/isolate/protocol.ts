@@ -75,6 +75,8 @@ export interface RunHeader {
   key: string
   typescript: boolean
   memory_mb: number
+  /** MiB that the isolates kept warm in this child may hold together, from now on. */
+  warm_mb: number
   output_bytes: number
   /** A response that is whole at once and has at most so many bytes comes back with `done`. */
   inline_bytes: number

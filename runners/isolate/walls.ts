@@ -56,10 +56,9 @@ interface Given {
   addon: string
   /** The bundle of web APIs. */
   web: string
-  warmMb: number
 }
 
-function nodeArgs(at: string, { addon, web, warmMb }: Given): string[] {
+function nodeArgs(at: string, { addon, web }: Given): string[] {
   const readable = [...childFiles.map((file) => join(at, file)), addon, web]
   return [
     ...nodeFlags,
@@ -71,7 +70,6 @@ function nodeArgs(at: string, { addon, web, warmMb }: Given): string[] {
     join(at, 'runners/isolate/child.ts'),
     addon,
     web,
-    String(warmMb),
   ]
 }
 
@@ -124,8 +122,8 @@ const installBubblewrap =
   'install bubblewrap (Debian: apt-get install bubblewrap) and let it create user namespaces (kernel.unprivileged_userns_clone=1, or run as root)'
 
 /** In the order in which they should be tried. `web` is the path of the bundle of web APIs. */
-export function wallCandidates(options: WallOptions, web: string, warmMb: number): Walls[] {
-  const given: Given = { addon: findAddon(), web, warmMb }
+export function wallCandidates(options: WallOptions, web: string): Walls[] {
+  const given: Given = { addon: findAddon(), web }
   const candidates: Walls[] = []
   const find = (path: string | false | undefined, name: string) =>
     path === false

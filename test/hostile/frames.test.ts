@@ -35,7 +35,7 @@ async function answered(
   { isHttp = true, body = false, slow = false } = {},
 ): Promise<Seen> {
   const gate = new EgressGate()
-  const pool = new Pool(liar(replies), { min: 1, max: 1, idleMs: 60_000 }, gate)
+  const pool = new Pool(liar(replies), { min: 1, max: 1, idleMs: 60_000, warmMb: 64 }, gate)
   const http: HttpRequest = {
     method: 'POST',
     url: 'http://a.test/',

@@ -19,7 +19,7 @@ const { port } = server.address() as { port: number }
 
 /** The first walls for these options, with a script of the attacker’s in place of the child’s. */
 async function behind(script: string, options: WallOptions & { permission?: boolean }): Promise<unknown> {
-  const walls = wallCandidates(options, web, 64)[0] as Walls
+  const walls = wallCandidates(options, web)[0] as Walls
   const args = walls.args
     .slice(
       0,

@@ -261,7 +261,7 @@ const lies: Record<string, Buffer> = {
 
 for (const [name, reply] of Object.entries(lies)) {
   test(`a child that sends ${name} is not believed and is killed`, async () => {
-    const pool = new Pool(liar(reply), { min: 1, max: 1, idleMs: 60_000 }, new EgressGate())
+    const pool = new Pool(liar(reply), { min: 1, max: 1, idleMs: 60_000, warmMb: 64 }, new EgressGate())
     try {
       await pool.filled()
       const [pid] = pool.pids()
@@ -279,7 +279,7 @@ test('a child that cannot be started makes runs fail as backend_unavailable, wit
   const args = ['-e', 'console.error("no such thing"); process.exit(3)']
   const pool = new Pool(
     { file: process.execPath, args, names: [], missing: [] },
-    { min: 2, max: 2, idleMs: 60_000 },
+    { min: 2, max: 2, idleMs: 60_000, warmMb: 64 },
     new EgressGate(),
   )
   try {

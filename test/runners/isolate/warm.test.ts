@@ -205,7 +205,7 @@ test('an isolate that grows is replaced', async () => {
 })
 
 test('calls by HTTP of many codes over few children stay within their memory', async () => {
-  await using runner = await createIsolateRunner({ min: 2, max: 2, warmMb: 64 })
+  await using runner = await createIsolateRunner({ min: 2, max: 2, warmMb: 128 })
   const rss = () =>
     runner
       .pids()
