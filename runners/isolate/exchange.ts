@@ -3,7 +3,7 @@
  * stands between the callbacks of the isolate and messages; the isolate is only ever entered by `enter`.
  */
 import { FrameError } from '../../shared/frames.ts'
-import { Inflow, Outflow, type Piece } from './flows.ts'
+import { Inflow, Outflow, type Piece, routeStream } from './flows.ts'
 import type { Operation } from './guest/boot.ts'
 import { readFetchHead, readResponseHead } from './heads.ts'
 import {
@@ -53,7 +53,16 @@ export class Exchange {
   }
 
   /** A message from the runner about the call. */
-  handle({ kind, number, parts }: Message): void {
+  handle(message: Message): void {
+    if (
+      routeStream(
+        message,
+        (n) => this.#inflow(n),
+        (n) => this.#outflow(n),
+      )
+    )
+      return
+    const { kind, number, parts } = message
     const text = () => parts[0]?.toString() ?? ''
     switch (kind) {
       case kinds.gone:
@@ -65,21 +74,6 @@ export class Exchange {
       case kinds.unfetched:
         this.#answer(number, 'failed', text(), '')
         this.#forget(number)
-        break
-      case kinds.data:
-        this.#inflow(number)?.data(parts[0])
-        break
-      case kinds.end:
-        this.#inflow(number)?.end()
-        break
-      case kinds.fail:
-        this.#inflow(number)?.fail(text())
-        break
-      case kinds.credit:
-        this.#outflow(number)?.credited(parts[0])
-        break
-      case kinds.stop:
-        this.#outflow(number)?.stopped()
         break
       default:
         throw new Error(`a message of kind ${kind}`)

@@ -1,6 +1,6 @@
 /** Both ends of the byte streams in `protocol.ts`, the same in runner and sandbox child. */
 import { FrameError } from '../../shared/frames.ts'
-import { chunkBytes, type Kind, kinds, windowBytes } from './protocol.ts'
+import { chunkBytes, type Kind, kinds, type Message, windowBytes } from './protocol.ts'
 
 /** Sends a message about one stream. */
 export type Post = (kind: Kind, part?: string | Uint8Array) => void
@@ -166,5 +166,36 @@ export class Inflow {
       this.#taken = 0
     }
     waiting({ bytes })
+  }
+}
+
+/**
+ * Hands a message about a stream to the end it is for; false for a message of another kind. Of the reason of a
+ * failure at most `reasonBytes` are read. Throws `FrameError`.
+ */
+export function routeStream(
+  { kind, number, parts }: Message,
+  inflow: (stream: number) => Inflow | undefined,
+  outflow: (stream: number) => Outflow | undefined,
+  reasonBytes?: number,
+): boolean {
+  switch (kind) {
+    case kinds.data:
+      inflow(number)?.data(parts[0])
+      return true
+    case kinds.end:
+      inflow(number)?.end()
+      return true
+    case kinds.fail:
+      inflow(number)?.fail(parts[0]?.toString('utf8', 0, reasonBytes) ?? '')
+      return true
+    case kinds.credit:
+      outflow(number)?.credited(parts[0])
+      return true
+    case kinds.stop:
+      outflow(number)?.stopped()
+      return true
+    default:
+      return false
   }
 }

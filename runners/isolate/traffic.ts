@@ -5,7 +5,7 @@
 import { FrameError } from '../../shared/frames.ts'
 import { EgressDenied, type EgressGate } from '../egress.ts'
 import type { ByteSink, ByteSource, Job, RunEvents } from '../runner.ts'
-import { Inflow, Outflow } from './flows.ts'
+import { Inflow, Outflow, routeStream } from './flows.ts'
 import { readFetchHead, readResponseHead } from './heads.ts'
 import {
   type FetchHead,
@@ -24,6 +24,8 @@ import {
 /** Sends a message to the child about the run; nothing where that is over. */
 export type PostMessage = (kind: Kind, parts: (string | Uint8Array | undefined)[], number: number) => void
 
+/** What is read of the reason for which a child’s stream has failed. */
+const maxReasonBytes = 1_000
 /** Denials of one run that are remembered; each names another host. */
 const maxDenials = 1_000
 
@@ -109,7 +111,17 @@ export class Traffic {
   }
 
   /** A message of the kinds that concern streams, responses and fetches. Throws `FrameError`. */
-  handle({ kind, number, parts }: Message): void {
+  handle(message: Message): void {
+    if (
+      routeStream(
+        message,
+        (n) => this.#inflow(n),
+        (n) => this.#outflow(n),
+        maxReasonBytes,
+      )
+    )
+      return
+    const { kind, number, parts } = message
     switch (kind) {
       case kinds.respond:
         this.#respond(parts[0])
@@ -120,21 +132,6 @@ export class Traffic {
       case kinds.unfetch:
         this.#fetches.get(number)?.abort.abort()
         this.#fetches.delete(number)
-        break
-      case kinds.data:
-        this.#inflow(number)?.data(parts[0])
-        break
-      case kinds.end:
-        this.#inflow(number)?.end()
-        break
-      case kinds.fail:
-        this.#inflow(number)?.fail(parts[0]?.toString('utf8', 0, 1000) ?? '')
-        break
-      case kinds.credit:
-        this.#outflow(number)?.credited(parts[0])
-        break
-      case kinds.stop:
-        this.#outflow(number)?.stopped()
         break
       default:
         throw new FrameError(`a message of unknown kind ${kind}`)
