@@ -70,15 +70,16 @@ export class Blobs {
    * `BusUnavailable` where trying again can help.
    */
   async get(digest: Digest): Promise<Uint8Array | undefined> {
-    const opened = await this.open(digest)
-    if (opened === undefined) return undefined
+    const info = await this.#info(digest)
+    if (info === null || info.deleted) return undefined
     const parts: Uint8Array[] = []
-    for await (const part of opened.chunks) parts.push(part)
+    for await (const part of this.#read(digest, info)) parts.push(part)
     return Buffer.concat(parts)
   }
 
   /**
-   * The bytes piece by piece; undefined when there are none. Reading throws `BlobCorrupt` at the end where they were
+   * The bytes piece by piece; undefined when there are none. Bytes that are all gone are `BlobCorrupt` at once: whoever
+   * hands them on has not answered yet. Reading throws `BlobCorrupt` at the end where they were
    * others than the digest says, and `BusUnavailable` where trying again can help.
    */
   async open(digest: Digest): Promise<{ size: number; chunks: AsyncGenerator<Uint8Array> } | undefined> {
