@@ -3,8 +3,9 @@
  * queue and Restate running the same handler durably, in rounds of one after the other; and a cold function beside
  * raw isolated-vm. `npm run bench:functions -- 4 3`: seconds a measurement, rounds.
  */
-import { http, startTestPlatform } from '../test/platform.ts'
+import { startTestPlatform } from '../test/platform.ts'
 import { coldFloor } from './cold.ts'
+import { deployCode } from './deploy.ts'
 import { load } from './load.ts'
 import { installPeers } from './peers/install.ts'
 import { startRestate } from './peers/restate.ts'
@@ -29,8 +30,8 @@ const peers = await installPeers(console.log)
 await using platform = await startTestPlatform()
 await using workerd = await startWorkerd(peers, code)
 await using restate = await startRestate(peers)
-await deploy('double', code)
-for (let n = 0; n < coldFunctions * rounds; n++) await deploy(`cold-${n}`, codeTimes(n + 3))
+await deployCode(platform.url, 'double', code)
+for (let n = 0; n < coldFunctions * rounds; n++) await deployCode(platform.url, `cold-${n}`, codeTimes(n + 3))
 
 console.log(
   `${seconds} s a measurement, ${rounds} rounds, medians; Node ${process.version}, ${process.platform}`,
@@ -91,11 +92,3 @@ console.log(
   `cold function, alone: p50 ${ms(taken.of('cold', 'p50'))}; raw isolated-vm (isolate, context, compile, run): ` +
     `${ms(taken.of('raw isolate', 'p50'))}; a warm call: ${ms(taken.of('vulcan 1', 'p50'))}`,
 )
-
-async function deploy(name: string, source: string): Promise<void> {
-  const { status, body } = await http(`${platform.url}/v1/functions/${name}`, {
-    method: 'PUT',
-    body: { code: source },
-  })
-  if (status >= 300) throw new Error(`deploying ${name} was answered ${status}: ${JSON.stringify(body)}`)
-}

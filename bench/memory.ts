@@ -3,7 +3,8 @@
  * of its sandboxes. `npm run bench:memory -- 200000 2000`: calls, functions.
  */
 import { readFileSync } from 'node:fs'
-import { http, startTestPlatform } from '../test/platform.ts'
+import { startTestPlatform } from '../test/platform.ts'
+import { deployCode } from './deploy.ts'
 import { load } from './load.ts'
 
 const [calls = 200_000, functions = 2_000] = process.argv.slice(2).map(Number)
@@ -20,13 +21,8 @@ const names = Array.from({ length: functions }, (_, n) => `f-${n}`)
 const left = [...names.keys()]
 await Promise.all(
   Array.from({ length: 4 }, async () => {
-    for (let n = left.pop(); n !== undefined; n = left.pop()) {
-      const { status, body } = await http(`${platform.url}/v1/functions/${names[n]}`, {
-        method: 'PUT',
-        body: { code: code(n) },
-      })
-      if (status >= 300) throw new Error(`deploying was answered ${status}: ${JSON.stringify(body)}`)
-    }
+    for (let n = left.pop(); n !== undefined; n = left.pop())
+      await deployCode(platform.url, names[n]!, code(n))
   }),
 )
 

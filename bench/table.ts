@@ -1,7 +1,7 @@
 /** How the benchmarks print: medians of rounds, side by side. */
 import type { LoadResult } from './load.ts'
 
-export const median = (values: number[]): number =>
+const median = (values: number[]): number =>
   values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? Number.NaN
 
 /** Results by name, one for each round. */
