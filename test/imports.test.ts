@@ -113,6 +113,7 @@ test("an isolation imports the runner interface, egress, its own folder and shar
       isolation(from) !== undefined &&
       isolation(to) !== isolation(from) &&
       !['runners/runner.ts', 'runners/egress.ts'].includes(to) &&
+      isolation(to) !== 'guest' &&
       !(top(to) === 'shared' && isPure(to)),
     ours,
   )

@@ -6,11 +6,7 @@ import { type ChildProcess, spawn } from 'node:child_process'
 import { closeSync, openSync, readFileSync, readSync, writeFileSync } from 'node:fs'
 import type { Writable } from 'node:stream'
 import { FrameDecoder, FrameError } from '../../shared/frames.ts'
-import type { Cause, LogLevel } from '../../shared/workload.ts'
-import { readResponseHead } from './heads.ts'
-import { killOrphans } from './orphans.ts'
 import {
-  type DoneHeader,
   decodeMessage,
   encodeMessage,
   type Kind,
@@ -18,13 +14,19 @@ import {
   logLevels,
   type Message,
   maxChatterBytes,
-  type RunHeader,
-} from './protocol.ts'
-import type { Entry } from './traffic.ts'
+} from '../../shared/guest.ts'
+import type { Cause, LogLevel } from '../../shared/workload.ts'
+import { readResponseHead } from '../guest/heads.ts'
+import type { Entry } from '../guest/traffic.ts'
+import { Claims } from './claims.ts'
+import { killOrphans } from './orphans.ts'
+import type { DoneHeader, RunHeader } from './protocol.ts'
 import { childMarker, type Walls } from './walls.ts'
 
-/** Who is told about the run under way. */
+/** Who is told about a run. */
 export interface Occupant {
+  /** What was sent ahead is what the child is at now. */
+  onTurn(): void
   onLine(level: LogLevel, text: string): void
   /** `body` is that of a response, where the header has one: a view that is gone after the call. */
   onDone(header: DoneHeader, output: string | undefined, body: Buffer | undefined): void
@@ -41,6 +43,15 @@ export interface ChildEvents {
   /** It is going down: nothing more should be given to it. `onGone` follows when all of its output has been read. */
   onDying(child: SandboxChild): void
   onGone(child: SandboxChild): void
+  /** Runs that were sent ahead and never began here. */
+  onReturned(occupants: Occupant[]): void
+}
+
+/** A run that was sent. */
+interface Turn {
+  occupant: Occupant
+  number: number
+  outputBytes: number
 }
 
 /** Bytes of standard error that are kept: V8’s last words. */
@@ -79,13 +90,22 @@ export class SandboxChild {
   /** `performance.now()` at the start of the run under way, or of its idleness. */
   since = performance.now()
   runs = 0
+  /** Milliseconds that the last run had the child for. */
+  lastMs = 0
   /** Resident memory in MiB when it last stood idle. */
   idleRssMb = 0
+  /** It is to be replaced as soon as it is idle. */
+  closing = false
   readonly #process: ChildProcess
   readonly #events: ChildEvents
   readonly #decoder = new FrameDecoder(maxChatterBytes)
-  #occupant: Occupant | undefined
-  #run = 0
+  readonly #claims: Claims | undefined
+  /** The run under way. */
+  #turn: Turn | undefined
+  /** What was sent to begin after it, in order. */
+  #ahead: Turn[] = []
+  #lastRun = 0
+  #corked = false
   #runBytes = 0
   #stderr = ''
   #innerPid: number | undefined
@@ -96,13 +116,22 @@ export class SandboxChild {
 
   constructor(walls: Walls, events: ChildEvents) {
     this.#events = events
+    const claims = makeClaims()
+    this.#claims = claims
     const child = spawn(walls.file, walls.args, {
       // Its own session: a terminal’s Ctrl-C is for the runner, which stops its children in good order.
       detached: true,
       env: {},
       cwd: '/',
-      stdio: ['pipe', 'pipe', 'pipe', ...(walls.extra === undefined ? [] : (['pipe'] as const))],
+      stdio: [
+        'pipe',
+        'pipe',
+        'pipe',
+        walls.extra === undefined ? 'ignore' : 'pipe',
+        claims?.childFd ?? 'ignore',
+      ],
     })
+    claims?.given()
     this.#process = child
     const extra = child.stdio[3] as Writable | null | undefined
     extra?.on('error', () => {})
@@ -142,7 +171,16 @@ export class SandboxChild {
   }
 
   get busy(): boolean {
-    return this.#occupant !== undefined
+    return this.#turn !== undefined
+  }
+
+  get occupant(): Occupant | undefined {
+    return this.#turn?.occupant
+  }
+
+  /** How many runs were sent ahead; infinite where none can be. */
+  get ahead(): number {
+    return this.#claims === undefined ? Number.POSITIVE_INFINITY : this.#ahead.length
   }
 
   /** How it died, in words. */
@@ -166,10 +204,13 @@ export class SandboxChild {
 
   prepare(header: RunHeader, code: string): void {
     this.keys.add(header.key)
-    this.#process.stdin!.write(encodeMessage(kinds.prepare, 0, [JSON.stringify(header), code]))
+    this.#write(encodeMessage(kinds.prepare, 0, [JSON.stringify(header), code]))
   }
 
-  /** Starts a run; the child must be ready and not busy. `code` may be left out where `keys` has its key. */
+  /**
+   * Starts a run, or sends it ahead where the child is busy; the child must be ready, and take what is sent ahead.
+   * `code` may be left out where `keys` has its key.
+   */
   start(
     occupant: Occupant,
     header: RunHeader,
@@ -178,13 +219,16 @@ export class SandboxChild {
     input: string | undefined,
     request?: Entry,
   ): void {
-    this.#occupant = occupant
-    this.#run = (this.#run + 1) >>> 0
-    this.runs++
-    this.since = performance.now()
+    this.#lastRun = (this.#lastRun + 1) >>> 0
+    const turn = { occupant, number: this.#lastRun, outputBytes: header.output_bytes }
     this.keys.add(header.key)
-    this.#decoder.maxBytes = header.output_bytes + maxChatterBytes
-    const frame = encodeMessage(kinds.run, this.#run, [
+    if (this.#turn === undefined) this.#begin(turn)
+    else {
+      this.#ahead.push(turn)
+      this.#claims!.offer(turn.number)
+      header = { ...header, ahead: true }
+    }
+    const frame = encodeMessage(kinds.run, turn.number, [
       JSON.stringify(header),
       ctx,
       code,
@@ -192,21 +236,34 @@ export class SandboxChild {
       request?.head,
       request?.body,
     ])
-    this.#runBytes = frame.length
-    this.#process.stdin!.write(frame)
+    this.#runBytes = Math.max(this.#runBytes, frame.length)
+    this.#write(frame)
   }
 
-  /** A message about the run under way. */
-  post(kind: Kind, parts: (string | Uint8Array | undefined)[], number: number): void {
-    if (this.#occupant === undefined || this.dying) return
-    const stdin = this.#process.stdin!
-    stdin.write(encodeMessage(kind, this.#run, parts, number))
+  /** What was sent ahead and has not begun: it never will, here. Also where its turn has come. */
+  takeBack(): Occupant[] {
+    const turns = this.#turn === undefined ? [] : [this.#turn, ...this.#ahead]
+    const unclaimed = this.#claims?.takeBack()
+    if (unclaimed === undefined || unclaimed.size === 0) return []
+    const [turn, ...ahead] = turns.filter((one) => !unclaimed.has(one.number))
+    if (turn !== this.#turn) this.#turn = turn
+    this.#ahead = ahead
+    return turns.filter((one) => unclaimed.has(one.number)).map((one) => one.occupant)
+  }
+
+  /** A message about a run; nothing where that is not under way. */
+  post(occupant: Occupant, kind: Kind, parts: (string | Uint8Array | undefined)[], number: number): void {
+    const turn = this.#turn
+    if (turn === undefined || turn.occupant !== occupant || this.dying) return
+    this.#write(encodeMessage(kind, turn.number, parts, number))
     // What it asks for is bounded; answers pile up only where it asks and does not read.
-    if (stdin.writableLength > this.#runBytes + maxUnreadBytes) this.kill('protocol', true)
+    if (this.#process.stdin!.writableLength > this.#runBytes + maxUnreadBytes) this.kill('protocol', true)
   }
 
-  cancel(reason: string): void {
-    this.#process.stdin!.write(encodeMessage(kinds.cancel, this.#run, [reason]))
+  /** Of a run that has begun. */
+  cancel(occupant: Occupant, reason: string): void {
+    const turn = [this.#turn, ...this.#ahead].find((one) => one?.occupant === occupant)
+    if (turn !== undefined) this.#write(encodeMessage(kinds.cancel, turn.number, [reason]))
   }
 
   /**
@@ -258,9 +315,10 @@ export class SandboxChild {
       this.#onReady()
       return
     }
-    const occupant = this.#occupant
-    if (occupant === undefined || run !== this.#run)
+    const turn = this.#turn
+    if (turn === undefined || run !== turn.number)
       throw new FrameError('a message about a run that is not under way')
+    const { occupant } = turn
     switch (kind) {
       case kinds.log: {
         const level = parts[0]?.toString('latin1') as LogLevel
@@ -273,19 +331,51 @@ export class SandboxChild {
         const header = readDone(parts[0])
         for (const key of header.dropped) this.keys.delete(key)
         if (header.dropped.length > 0) this.dropped = true
-        this.#occupant = undefined
-        this.#decoder.maxBytes = maxChatterBytes
+        this.lastMs = performance.now() - this.since
+        this.#next()
         occupant.onDone(header, parts[1]?.toString(), parts[2])
+        this.#turn?.occupant.onTurn()
         break
       }
       case kinds.need:
         this.keys.clear()
-        this.#occupant = undefined
+        this.#next()
         occupant.onNeed()
+        this.#turn?.occupant.onTurn()
         break
       default:
         occupant.onMessage(message)
     }
+  }
+
+  #begin(turn: Turn): void {
+    this.#turn = turn
+    this.runs++
+    this.since = performance.now()
+    this.#decoder.maxBytes = turn.outputBytes + maxChatterBytes
+  }
+
+  /** The run under way has ended: the child goes on with the next that was sent ahead. */
+  #next() {
+    const turn = this.#ahead.shift()
+    if (turn !== undefined) return this.#begin(turn)
+    this.#turn = undefined
+    this.#runBytes = 0
+    this.#decoder.maxBytes = maxChatterBytes
+  }
+
+  /** What is written in one go wakes the child once. */
+  #write(frame: Buffer): void {
+    const stdin = this.#process.stdin!
+    if (!this.#corked) {
+      this.#corked = true
+      stdin.cork()
+      process.nextTick(() => {
+        this.#corked = false
+        stdin.uncork()
+      })
+    }
+    stdin.write(frame)
   }
 
   #onReady(): void {
@@ -310,6 +400,8 @@ export class SandboxChild {
     if (this.dying) return
     this.dying = true
     this.#events.onDying(this)
+    const back = this.takeBack()
+    if (back.length > 0) this.#events.onReturned(back)
   }
 
   #close(): void {
@@ -320,10 +412,21 @@ export class SandboxChild {
     clearTimeout(this.#closeTimer)
     if (this.#statm !== undefined) closeSync(this.#statm)
     this.#statm = undefined
-    const occupant = this.#occupant
-    this.#occupant = undefined
+    this.#claims?.close()
+    const turns = this.#turn === undefined ? [] : [this.#turn, ...this.#ahead]
+    this.#turn = undefined
+    this.#ahead = []
     this.#events.onGone(this)
-    occupant?.onGone()
+    for (const { occupant } of turns) occupant.onGone()
+  }
+}
+
+/** Undefined where the host makes none: then nothing is sent ahead. */
+function makeClaims(): Claims | undefined {
+  try {
+    return new Claims()
+  } catch {
+    return undefined
   }
 }
 
@@ -350,7 +453,7 @@ function readDone(part: Buffer | undefined): DoneHeader {
   } catch {
     throw new FrameError('an end that is not JSON')
   }
-  const { status, cause, message, stack, start, cpu_ms, memory_mb, dropped } = header
+  const { status, cause, message, stack, start, cpu_ms, wall_ms, memory_mb, dropped } = header
   const sound =
     (status === 'completed' ||
       status === 'stopped' ||
@@ -358,6 +461,7 @@ function readDone(part: Buffer | undefined): DoneHeader {
     (stack === null || isText(stack)) &&
     (start === 'cold' || start === 'warm') &&
     isAmount(cpu_ms) &&
+    isAmount(wall_ms) &&
     isAmount(memory_mb) &&
     Array.isArray(dropped) &&
     dropped.every(isText)

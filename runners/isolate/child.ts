@@ -8,9 +8,7 @@ import { createRequire } from 'node:module'
 import { Socket } from 'node:net'
 import { setFlagsFromString } from 'node:v8'
 import { FrameDecoder } from '../../shared/frames.ts'
-import { InvalidCode } from './compile.ts'
 import {
-  type DoneHeader,
   decodeMessage,
   encodeMessage,
   type Kind,
@@ -19,8 +17,10 @@ import {
   type Message,
   maxLineBytes,
   maxRequestBytes,
-  type RunHeader,
-} from './protocol.ts'
+} from '../../shared/guest.ts'
+import { takeClaim } from './claims.ts'
+import { InvalidCode } from './compile.ts'
+import type { DoneHeader, RunHeader } from './protocol.ts'
 import { type CallEnd, Sandbox, type SandboxHost } from './sandbox.ts'
 import { isolateFlags } from './web/flags.ts'
 import { WebCode } from './web/host.ts'
@@ -48,6 +48,7 @@ interface Run {
   sandbox: Sandbox
   start: 'cold' | 'warm'
   cpuBefore: number
+  startedAt: number
 }
 
 /** By key, the longest unused first. */
@@ -56,6 +57,12 @@ const warm = new Map<string, Held>()
 let prepareFailed: { key: string; message: string; reason: InvalidCode['reason'] } | undefined
 let dropped: string[] = []
 let current: Run | undefined
+/** Runs that came while another was under way, oldest first; each in memory of its own. */
+const ahead: Message[] = []
+/** The claim that was taken last, where its run has not begun yet. */
+let claimed: number | undefined
+/** Where claims are: see `claims.ts`. */
+const claimsFd = 4
 
 const sleeper = new Int32Array(new SharedArrayBuffer(4))
 
@@ -156,8 +163,13 @@ function ended(run: Run, end: CallEnd): void {
   if (memory === null || memory.usedMb > sandbox.memoryMb * 0.75) sandbox.reusable = false
   const held = warm.get(key)
   if (held !== undefined && memory !== null) held.heapMb = memory.heapMb
-  const usage = { cpu_ms: sandbox.cpuMs - cpuBefore, memory_mb: memory?.heapMb ?? sandbox.memoryMb }
+  const usage = {
+    cpu_ms: sandbox.cpuMs - cpuBefore,
+    wall_ms: performance.now() - run.startedAt,
+    memory_mb: memory?.heapMb ?? sandbox.memoryMb,
+  }
   const worn = sandbox.atWork ? { worn: true as const } : {}
+  if (sandbox.atWork || (end.status === 'failed' && end.cause === 'oom')) closing = true
   if (!sandbox.reusable || sandbox.isWorn(usage.memory_mb)) drop(key)
   if (end.status === 'completed') {
     const header = { status: end.status, cause: null, message: null, stack: null, start, ...usage, ...worn }
@@ -174,6 +186,7 @@ function ended(run: Run, end: CallEnd): void {
       ...worn,
     })
   trim(key)
+  proceed()
 }
 
 function refuse(number: number, { message, reason }: Pick<InvalidCode, 'message' | 'reason'>): void {
@@ -184,6 +197,7 @@ function refuse(number: number, { message, reason }: Pick<InvalidCode, 'message'
     stack: null,
     start: 'cold',
     cpu_ms: 0,
+    wall_ms: 0,
     memory_mb: 0,
   })
 }
@@ -195,9 +209,29 @@ function headerOf(message: Message): RunHeader {
   return header
 }
 
-function run(message: Message) {
-  if (current !== undefined) throw new Error('a run while another is under way')
-  const header = headerOf(message)
+let proceeding = false
+/** This process should take no other run. */
+let closing = false
+/** Goes on with what was sent ahead, as far as the runner has not taken it back. */
+function proceed(): void {
+  // Runs that end at once would call each other ever deeper.
+  if (proceeding || closing) return
+  proceeding = true
+  while (current === undefined && ahead.length > 0) {
+    claimed ??= takeClaim(claimsFd)
+    if (claimed === undefined) {
+      ahead.length = 0
+      break
+    }
+    const message = ahead.shift()!
+    if (message.run !== claimed) continue
+    claimed = undefined
+    run(message, headerOf(message))
+  }
+  proceeding = false
+}
+
+function run(message: Message, header: RunHeader) {
   const { key } = header
   const number = message.run
   const failed = prepareFailed
@@ -222,7 +256,8 @@ function run(message: Message) {
   const { sandbox } = held
   const head = textOf(message.parts[4])
   if (!sandbox.called && !held.early) start = 'cold'
-  const mine: Run = { number, key, sandbox, start, cpuBefore: start === 'cold' ? 0 : sandbox.cpuMs }
+  const cpuBefore = start === 'cold' ? 0 : sandbox.cpuMs
+  const mine: Run = { number, key, sandbox, start, cpuBefore, startedAt: performance.now() }
   current = mine
   sandbox.call({
     ctx: textOf(message.parts[1])!,
@@ -256,7 +291,11 @@ function cancel(message: Message): void {
   run.sandbox.abort(textOf(message.parts[0]) ?? 'aborted')
   // What goes on outside of the isolate goes on after it: then only the end of the process ends it.
   if (current !== run || run.sandbox.atWork) return
-  const usage = { cpu_ms: run.sandbox.cpuMs - run.cpuBefore, memory_mb: run.sandbox.memoryNow()?.heapMb ?? 0 }
+  const usage = {
+    cpu_ms: run.sandbox.cpuMs - run.cpuBefore,
+    wall_ms: performance.now() - run.startedAt,
+    memory_mb: run.sandbox.memoryNow()?.heapMb ?? 0,
+  }
   run.sandbox.dispose()
   drop(run.key)
   answer(run.number, {
@@ -267,13 +306,20 @@ function cancel(message: Message): void {
     start: run.start,
     ...usage,
   })
+  proceed()
 }
 
 const decoder = new FrameDecoder(maxRequestBytes)
 function onFrame(frame: Buffer): void {
   const message = decodeMessage(frame)
-  if (message.kind === kinds.run) run(message)
-  else if (message.kind === kinds.prepare) prepare(message)
+  if (message.kind === kinds.run) {
+    const header = headerOf(message)
+    if (header.ahead === true) {
+      ahead.push(decodeMessage(Buffer.from(frame)))
+      proceed()
+    } else if (current === undefined) run(message, header)
+    else throw new Error('a run while another is under way')
+  } else if (message.kind === kinds.prepare) prepare(message)
   else if (message.kind === kinds.cancel) cancel(message)
   else if (current !== undefined && current.number === message.run) current.sandbox.receive(message)
 }

@@ -3,9 +3,6 @@
  * stands between the callbacks of the isolate and messages; the isolate is only ever entered by `enter`.
  */
 import { FrameError } from '../../shared/frames.ts'
-import { Inflow, Outflow, type Piece, routeStream } from './flows.ts'
-import type { Operation } from './guest/boot.ts'
-import { readFetchHead, readResponseHead } from './heads.ts'
 import {
   type FetchHead,
   fetchDownStream,
@@ -17,7 +14,10 @@ import {
   requestStream,
   responseStream,
   wholeBytes,
-} from './protocol.ts'
+} from '../../shared/guest.ts'
+import { Inflow, Outflow, type Piece, routeStream } from '../guest/flows.ts'
+import { readFetchHead, readResponseHead } from '../guest/heads.ts'
+import type { Operation } from './guest/boot.ts'
 
 /** Sends a message about the call under way. */
 export type Send = (kind: Kind, parts: (string | Uint8Array | undefined)[], number?: number) => void

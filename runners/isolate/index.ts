@@ -2,7 +2,8 @@
 import { createHash } from 'node:crypto'
 import { availableParallelism } from 'node:os'
 import { EgressGate, type EgressOptions } from '../egress.ts'
-import type { Capabilities, Job, Outcome, Probe, Runner } from '../runner.ts'
+import type { Capabilities, Job, Outcome, Prepared, Probe, Runner } from '../runner.ts'
+import { type Code, isCode } from './attempt.ts'
 import { killOrphans } from './orphans.ts'
 import { Pool, type PoolOptions } from './pool.ts'
 import { childMarker, type WallOptions, type Walls, wallCandidates } from './walls.ts'
@@ -58,8 +59,10 @@ export async function createIsolateRunner(options: IsolateOptions = {}): Promise
   return {
     isolation: 'isolate',
     capabilities,
-    prepare: (job) => pool.prepare(job),
-    prewarm: (code, count) => pool.prewarm(code, count),
+    prepare: (job) => (isCode(job) ? pool.prepare(job) : refuse(job)),
+    prewarm(program, count) {
+      if (isCode(program)) pool.prewarm(program, count)
+    },
     pids: () => pool.pids(),
     async [Symbol.asyncDispose]() {
       await pool.close()
@@ -110,18 +113,36 @@ async function findWalls(
 const describe = (outcome: Outcome) =>
   outcome.status === 'failed' ? outcome.error.message : `a sandbox did not answer within ${probeMs} ms`
 
-function probeJob(): Job {
+/** What is no source text. */
+const refuse = ({ source }: Job): Prepared => ({
+  run: async () => ({
+    status: 'failed',
+    cause: 'invalid_workload',
+    error: {
+      message: `an isolate runs source code, not an ${source.kind === 'archive' ? 'archive' : 'image'}`,
+      stack: null,
+    },
+    exitCode: null,
+    usage: { cpu_ms: null, memory_peak_mb: null },
+    start: 'cold',
+  }),
+  release() {},
+})
+
+function probeJob(): Job & Code {
   const code = 'export default () => 1 + 1'
   return {
     id: '00000000-0000-7000-8000-000000000000',
     attempt: 1,
     runtime: 'javascript',
-    code,
-    codeSha256: createHash('sha256').update(code).digest('hex'),
+    source: { kind: 'code', text: code, sha256: createHash('sha256').update(code).digest('hex') },
+    entrypoint: undefined,
+    workingDir: undefined,
+    user: undefined,
     input: undefined,
     http: undefined,
     env: {},
-    limits: { timeout_s: probeMs / 1000, memory_mb: 16, cpu: 1, pids: 1, output_mb: 1 },
+    limits: { timeout_s: probeMs / 1000, memory_mb: 16, cpu: 1, pids: 1, output_mb: 1, disk_mb: 1 },
     egress: 'none',
     function: undefined,
     traceparent: undefined,

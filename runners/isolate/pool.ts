@@ -3,13 +3,12 @@
  * have harmed. One child runs one workload at a time, so that whatever happens to it is the doing of that one.
  */
 import { availableParallelism } from 'node:os'
-import type { LogLevel } from '../../shared/workload.ts'
 import type { EgressGate } from '../egress.ts'
-import { inlineResponseBytes, type Job, type Outcome, type Prepared, type RunEvents } from '../runner.ts'
+import type { Job } from '../runner.ts'
+import { Attempt, type Code, headerOf, type Seats } from './attempt.ts'
 import { type Occupant, SandboxChild } from './child-process.ts'
 import { HostLoad } from './host-load.ts'
-import type { DoneHeader, Message, RunHeader } from './protocol.ts'
-import { Traffic } from './traffic.ts'
+import type { RunHeader } from './protocol.ts'
 import type { Walls } from './walls.ts'
 
 export interface PoolOptions {
@@ -36,8 +35,16 @@ const newest = 0.05
 /** A run is long after so many ms: its child is no longer counted on, and its memory is watched. */
 const longMs = 50
 const watchMs = 25
-/** A child that was told to stop has so many ms to say that it has. */
-const graceMs = 150
+/** Runs that take their child for less than this (ms), as those of the same code did before, are sent ahead. */
+const shortMs = 2
+/** So many are sent ahead to a child at most. */
+const maxAhead = 8
+/** Behind a run that takes longer than this (ms) nothing is left waiting that has not begun. */
+const slowMs = 15
+/** Codes of which it is remembered what their runs take. */
+const maxKnown = 10_000
+/** Where all cores are busy with short runs, one child over the least is let go every so many ms. */
+const thinMs = 1_000
 const cores = availableParallelism()
 /** Children starting at once: each takes a core for about 100 ms. */
 const maxStarting = cores
@@ -52,11 +59,7 @@ const maxBackoffMs = 2_000
 /** How long after a child came or let go of isolates, in ms, it is looked whether code is held warm often enough. */
 const topUpMs = 100
 
-/** What may be resident for a limit of `limitMb` on top of an idle child: V8’s young generation, garbage, buffers. */
-const allowanceMb = (limitMb: number) => limitMb * 1.5 + 64
-
-export class Pool {
-  /** By which the code of its runs reaches the network. */
+export class Pool implements Seats {
   readonly egress: EgressGate
   readonly #walls: Walls
   readonly #options: PoolOptions
@@ -69,6 +72,11 @@ export class Pool {
   #shrink: NodeJS.Timeout
   #retry: NodeJS.Timeout | undefined
   #topping: NodeJS.Timeout | undefined
+  #hurry: NodeJS.Timeout | undefined
+  /** When a child was last let go because the cores were busy. */
+  #thinnedAt = 0
+  /** By key: the running mean of what its runs take, in ms, as the children say it. */
+  readonly #wallMs = new Map<string, number>()
   /** By key. */
   readonly #prewarmed = new Map<string, { header: RunHeader; code: string; count: number }>()
   #failures = 0
@@ -105,7 +113,7 @@ export class Pool {
     return [...this.#children].flatMap((child) => (child.ready ? child.pids : []))
   }
 
-  prepare(job: Job): Attempt {
+  prepare(job: Job & Code): Attempt {
     const attempt = new Attempt(this, job)
     // Only for code that is warm nowhere: warm code waits for nothing, and should not hold a child meanwhile.
     if (this.#idle.length > 0 && !this.#isWarm(attempt.key)) {
@@ -121,15 +129,23 @@ export class Pool {
       attempt.unavailable('the runner is shutting down')
       return undefined
     }
-    const child = this.#takeIdle(attempt.key)
+    // Where no core is free an idle child would only be woken to take its time from the others.
+    const busy = this.#load.isBusy(performance.now()) ? this.#busyFor(attempt) : undefined
+    const child = busy ?? this.#takeIdle(attempt.key)
     if (child !== undefined) return child
     if (this.#failures >= 3 && this.#children.size === 0) {
       attempt.unavailable(this.#lastFailure)
       return undefined
     }
     this.#waiting.push(attempt)
-    this.#patience ??= setTimeout(this.#impatient, patienceMs)
+    this.#sendAhead()
     return undefined
+  }
+
+  /** What was sent ahead to `child` and has not begun waits again. */
+  takeBack(child: SandboxChild): void {
+    this.#requeue(child.takeBack())
+    if (!child.busy && !child.dying && child.ready) this.giveBack(child)
   }
 
   forget(attempt: Attempt): void {
@@ -139,28 +155,37 @@ export class Pool {
   /** Keeps children ready with this code, as far as there are any; 0 lets them go. */
   prewarm(code: Code, count: number): void {
     const header: RunHeader = { ...headerOf(code), keep: count > 0 }
-    if (count > 0) this.#prewarmed.set(header.key, { header, code: code.code, count })
+    const { text } = code.source
+    if (count > 0) this.#prewarmed.set(header.key, { header, code: text, count })
     else {
       this.#prewarmed.delete(header.key)
       for (const child of this.#children)
         if (child.ready && child.keys.has(header.key))
-          child.prepare({ ...header, warm_mb: this.warmMbEach }, code.code)
+          child.prepare({ ...header, warm_mb: this.warmMbEach }, text)
     }
     this.#topUp()
   }
 
-  /** Gives back a child that is ready for the next run. */
+  /** Gives back a child that is ready for the next run, or at the next already that was sent ahead. */
   giveBack(child: SandboxChild) {
     if (child.dying) return
     const now = performance.now()
     this.#freedAt = now
-    if (child.runs % sampleRuns === 0 || now - child.since > longMs) {
+    if (child.runs % sampleRuns === 0 || child.lastMs > longMs) {
       child.idleRssMb = child.rssMb()
-      if (child.idleRssMb > maxKeptMb) return this.retire(child)
+      if (child.idleRssMb > maxKeptMb) {
+        child.closing = true
+        this.#requeue(child.takeBack())
+      }
     }
+    if (child.busy) return this.#sendAhead()
+    if (child.closing || this.#isTooMany(now)) return this.retire(child)
     child.since = now
     const next = this.#waiting.shift()
-    if (next !== undefined) return next.begin(child)
+    if (next !== undefined) {
+      next.begin(child)
+      return this.#sendAhead()
+    }
     this.#idle.push(child)
     if (child.dropped) {
       child.dropped = false
@@ -195,6 +220,7 @@ export class Pool {
   async close(): Promise<void> {
     this.#closed = true
     clearTimeout(this.#patience)
+    clearTimeout(this.#hurry)
     clearTimeout(this.#retry)
     clearTimeout(this.#topping)
     clearInterval(this.#watch)
@@ -270,6 +296,7 @@ export class Pool {
         if (at >= 0) this.#idle.splice(at, 1)
       },
       onGone: (gone) => this.#lost(gone),
+      onReturned: (occupants) => this.#requeue(occupants),
     })
     this.#children.add(child)
   }
@@ -324,8 +351,88 @@ export class Pool {
     this.#patience = setTimeout(this.#impatient, patienceMs)
   }
 
-  /** What a run took of its child’s time and of a core’s, in ms. */
-  ran(ms: number, cpuMs: number): void {
+  /** To the head of the queue: they have waited longest. */
+  #requeue(occupants: Occupant[]): void {
+    if (occupants.length === 0) return
+    const attempts = occupants as Attempt[]
+    for (const attempt of attempts) attempt.returned()
+    this.#waiting.unshift(...attempts)
+    this.#patience ??= setTimeout(this.#impatient, patienceMs)
+  }
+
+  /** Those who wait need not wait for a child to be free. */
+  #sendAhead(): void {
+    for (let next = this.#waiting[0]; next !== undefined; next = this.#waiting[0]) {
+      const child = this.#busyFor(next)
+      if (child === undefined) {
+        this.#patience ??= setTimeout(this.#impatient, patienceMs)
+        return
+      }
+      this.#waiting.shift()
+      next.begin(child)
+    }
+  }
+
+  /**
+   * A busy child to which a run can be sent ahead: its code is warm there, and neither it nor what is under way takes
+   * long. A child that goes on by itself need not be woken for each run.
+   */
+  #busyFor(attempt: Attempt): SandboxChild | undefined {
+    if (!attempt.isWhole || !this.#isShort(attempt.key)) return undefined
+    const now = performance.now()
+    let best: SandboxChild | undefined
+    for (const child of this.#children)
+      if (
+        child.ahead < Math.min(maxAhead, best?.ahead ?? maxAhead) &&
+        child.busy &&
+        !child.dying &&
+        !child.closing &&
+        child.keys.has(attempt.key) &&
+        now - child.since < slowMs &&
+        this.#isShort(Attempt.of(child)!.key)
+      )
+        best = child
+    if (best !== undefined) this.#hurry ??= setTimeout(this.#unstick, slowMs)
+    return best
+  }
+
+  #isShort(key: string): boolean {
+    return (this.#wallMs.get(key) ?? Number.POSITIVE_INFINITY) < shortMs
+  }
+
+  /** Nothing is left behind a run that turned out to be long. */
+  #unstick = () => {
+    this.#hurry = undefined
+    const now = performance.now()
+    let waits = false
+    for (const child of this.#children) {
+      if (!child.busy || child.ahead === 0 || child.ahead === Number.POSITIVE_INFINITY) continue
+      if (now - child.since >= slowMs) this.takeBack(child)
+      else waits = true
+    }
+    if (waits) this.#hurry ??= setTimeout(this.#unstick, slowMs)
+    for (let next = this.#waiting[0]; next !== undefined; next = this.#waiting[0]) {
+      const child = this.#takeIdle(next.key)
+      if (child === undefined) break
+      this.#waiting.shift()
+      next.begin(child)
+    }
+  }
+
+  /** Short runs on busy cores are not served sooner by more children, which only take memory. */
+  #isTooMany(now: number): boolean {
+    if (this.#children.size <= Math.max(this.#least, cores) || now - this.#thinnedAt < thinMs) return false
+    if (this.#meanMs > longMs || !this.#load.isBusy(now)) return false
+    this.#thinnedAt = now
+    return true
+  }
+
+  /** What a run took of its child’s time and of a core’s, in ms; `wallMs` is what the child says of the first. */
+  ran(key: string, ms: number, cpuMs: number, wallMs: number): void {
+    const known = this.#wallMs.get(key)
+    if (known === undefined && this.#wallMs.size >= maxKnown) this.#wallMs.clear()
+    // One long run is reason enough for care, and takes many short ones to be forgotten.
+    this.#wallMs.set(key, known === undefined || wallMs > known ? wallMs : known + (wallMs - known) * newest)
     this.#meanMs += (ms - this.#meanMs) * newest
     this.#meanCpuMs += (cpuMs - this.#meanCpuMs) * newest
   }
@@ -382,269 +489,4 @@ export class Pool {
       child.kill('retired')
     }
   }
-}
-
-let clockMs = 0
-let clockText = ''
-/** Now as RFC 3339, formatted once per ms. */
-function timestamp(): string {
-  const now = Date.now()
-  if (now !== clockMs) {
-    clockMs = now
-    clockText = new Date(now).toISOString()
-  }
-  return clockText
-}
-
-export type Code = Pick<Job, 'runtime' | 'code' | 'codeSha256' | 'limits'>
-
-/** Isolates are used again for the same code in the same language under the same limit. */
-function headerOf(job: Code): RunHeader {
-  const typescript = job.runtime === 'typescript'
-  const { memory_mb, output_mb } = job.limits
-  return {
-    key: `${job.codeSha256}.${typescript ? 'ts' : 'js'}.${memory_mb}`,
-    typescript,
-    memory_mb,
-    // Known when it is sent.
-    warm_mb: 0,
-    output_bytes: Math.floor(output_mb * 1048576),
-    inline_bytes: inlineResponseBytes,
-  }
-}
-
-/** One job on its way through the pool. */
-export class Attempt implements Prepared, Occupant {
-  static readonly #byChild = new WeakMap<SandboxChild, Attempt>()
-  static of(child: SandboxChild): Attempt | undefined {
-    return Attempt.#byChild.get(child)
-  }
-
-  readonly key: string
-  waitingSince = 0
-  readonly #pool: Pool
-  readonly #job: Job
-  readonly #header: RunHeader
-  #child: SandboxChild | undefined
-  #signal: AbortSignal | undefined
-  #events: RunEvents | undefined
-  #traffic: Traffic | undefined
-  #resolve: ((outcome: Outcome) => void) | undefined
-  #aborted = false
-  #released = false
-  #delivering = false
-  #grace: NodeJS.Timeout | undefined
-  #peakMb = 0
-
-  constructor(pool: Pool, job: Job) {
-    this.#pool = pool
-    this.#job = job
-    this.#header = headerOf(job)
-    this.key = this.#header.key
-  }
-
-  /** Holds `child` for this attempt and has it compile the code meanwhile. */
-  reserve(child: SandboxChild): void {
-    this.#child = child
-    this.#header.warm_mb = this.#pool.warmMbEach
-    child.prepare(this.#header, this.#job.code)
-  }
-
-  run(signal: AbortSignal, events: RunEvents): Promise<Outcome> {
-    return new Promise((resolve) => {
-      this.#resolve = resolve
-      this.#signal = signal
-      this.#events = events
-      const { runtime } = this.#job
-      if (signal.aborted) {
-        this.#aborted = true
-        return this.#settle({ status: 'stopped', ...nothingRan })
-      }
-      if (runtime !== 'javascript' && runtime !== 'typescript')
-        return this.#fail('invalid_workload', `an isolate runs javascript and typescript, not ${runtime}`)
-      signal.addEventListener('abort', this)
-      this.#acquire()
-    })
-  }
-
-  release(): void {
-    if (this.#resolve !== undefined || this.#released) return
-    this.#released = true
-    this.#giveBack()
-  }
-
-  /** An `AbortSignal` calls this when it is aborted. */
-  handleEvent() {
-    if (this.#aborted) return
-    this.#aborted = true
-    if (this.#delivering) return this.#traffic?.cut('the call was stopped')
-    const child = this.#child
-    if (child === undefined) {
-      this.#pool.forget(this)
-      return this.#settle({ status: 'stopped', ...nothingRan })
-    }
-    child.cancel(stopMessage(this.#signal?.reason))
-    this.#grace = setTimeout(() => child.kill('stopped'), graceMs)
-  }
-
-  begin(child: SandboxChild): void {
-    this.#child = child
-    const { id, attempt, traceparent, env, code, input } = this.#job
-    const ctx = JSON.stringify({ id, attempt, traceparent: traceparent ?? null, env })
-    Attempt.#byChild.set(child, this)
-    const traffic = new Traffic(this.#job, this.#events!, this.#pool.egress, (kind, parts, number) =>
-      child.post(kind, parts, number),
-    )
-    this.#traffic = traffic
-    // A body that comes piece by piece cannot be sent again: then the child must not ask for the code.
-    const entry = traffic.enter()
-    const known = child.keys.has(this.key) && !traffic.streams
-    this.#header.warm_mb = this.#pool.warmMbEach
-    const header = traffic.streams ? { ...this.#header, follows: true } : this.#header
-    child.start(this, header, ctx, known ? undefined : code, input, entry)
-    traffic.begin()
-    this.#pool.watch()
-  }
-
-  unavailable(message: string): void {
-    this.#fail('backend_unavailable', message)
-  }
-
-  checkMemory(child: SandboxChild): void {
-    const rss = child.rssMb()
-    const grown = rss - child.idleRssMb
-    if (grown > this.#peakMb) this.#peakMb = grown
-    if (grown > allowanceMb(this.#header.memory_mb)) child.kill('oom')
-  }
-
-  onLine(level: LogLevel, text: string): void {
-    this.#events?.onLog({ time: timestamp(), level, stream: 'console', text })
-  }
-
-  onNeed(): void {
-    const child = this.#child!
-    if (this.#aborted) {
-      this.#settle({ status: 'stopped', ...nothingRan })
-      return
-    }
-    void this.#traffic?.close(undefined)
-    this.begin(child)
-  }
-
-  onMessage(message: Message): void {
-    this.#traffic!.handle(message)
-  }
-
-  onDone(header: DoneHeader, output: string | undefined, body: Buffer | undefined) {
-    const { status, cause, message, stack, start, cpu_ms, memory_mb, response } = header
-    const traffic = this.#traffic!
-    this.#pool.ran(performance.now() - this.#child!.since, cpu_ms)
-    const usage = { cpu_ms: round(cpu_ms), memory_peak_mb: round(Math.max(memory_mb, this.#peakMb)) }
-    const ran = { usage, start }
-    // isolated-vm lets go of an isolate whose memory is spent, but the process is not what it was.
-    if (cause === 'oom' || header.worn === true) this.#pool.retire(this.#child!)
-    if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
-    if (status === 'failed')
-      return this.#settle({
-        status,
-        cause: cause === 'user_error' && traffic.denied(message!) ? 'egress_denied' : cause!,
-        error: { message: message!, stack },
-        exitCode: null,
-        ...ran,
-      })
-    const isHttp = this.#job.http !== undefined
-    const answers = (response === undefined ? 0 : 1) + (traffic.responding ? 1 : 0)
-    if (status === 'stopped' || output === undefined || !isJson(output) || answers !== (isHttp ? 1 : 0)) {
-      this.#child!.kill('protocol')
-      return this.#fail('runner_lost', 'the sandbox sent a result that is none')
-    }
-    const completed = { status, output, exitCode: null, ...ran }
-    if (response === undefined) return this.#settle(completed)
-    // A view of what the socket gave, which it uses again.
-    this.#settle({
-      ...completed,
-      response: { ...response, body: new Uint8Array(body ?? []) },
-    })
-  }
-
-  onGone() {
-    const child = this.#child!
-    this.#child = undefined
-    const usage = { cpu_ms: null, memory_peak_mb: this.#peakMb > 0 ? round(this.#peakMb) : null }
-    const ran = { usage, start: 'cold' as const }
-    if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
-    const [cause, message] = child.ranOutOfMemory
-      ? ([
-          'oom',
-          `the code used more than its ${this.#header.memory_mb} MiB of memory (limits.memory_mb)`,
-        ] as const)
-      : child.killReason === 'protocol'
-        ? (['runner_lost', `the sandbox broke its protocol: ${child.stderr.trim().slice(-300)}`] as const)
-        : (['runner_lost', `the sandbox died while the code ran: ${child.exit}`] as const)
-    this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...ran })
-  }
-
-  #acquire() {
-    const reserved = this.#child
-    if (reserved !== undefined && !reserved.dying) return this.begin(reserved)
-    this.#child = undefined
-    this.waitingSince = performance.now()
-    const child = this.#pool.acquire(this)
-    if (child !== undefined) this.begin(child)
-  }
-
-  #fail(cause: 'backend_unavailable' | 'invalid_workload' | 'runner_lost', message: string): void {
-    this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...nothingRan })
-  }
-
-  #settle(outcome: Outcome) {
-    const traffic = this.#traffic
-    clearTimeout(this.#grace)
-    this.#released = true
-    this.#giveBack()
-    if (traffic === undefined) return this.#finish(outcome)
-    const failed = outcome.status === 'failed' ? outcome.error.message : 'the call was stopped'
-    const closed = traffic.close(failed)
-    if (!traffic.responding) return this.#finish(outcome)
-    // The code is through, and its child works for others; the response may still be on its way to a slow reader.
-    this.#delivering = true
-    if (outcome.status !== 'completed') traffic.cut(failed)
-    void closed.then(() => {
-      const { usage, start } = outcome
-      this.#finish(this.#aborted ? { status: 'stopped', usage, start } : outcome)
-    })
-  }
-
-  #finish(outcome: Outcome): void {
-    const resolve = this.#resolve
-    this.#signal?.removeEventListener('abort', this)
-    this.#events = undefined
-    resolve?.(outcome)
-  }
-
-  #giveBack(): void {
-    const child = this.#child
-    this.#child = undefined
-    if (child === undefined) return
-    Attempt.#byChild.delete(child)
-    this.#pool.giveBack(child)
-  }
-}
-
-const nothingRan = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'cold' as const }
-
-const round = (amount: number) => Math.round(amount * 1000) / 1000
-
-function isJson(text: string): boolean {
-  try {
-    JSON.parse(text)
-    return true
-  } catch {
-    return false
-  }
-}
-
-/** What the user’s code finds as `ctx.signal.reason.message`. */
-function stopMessage(reason: unknown): string {
-  return typeof reason === 'string' ? `the workload was stopped: ${reason}` : 'the workload was stopped'
 }

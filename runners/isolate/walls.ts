@@ -36,7 +36,14 @@ export const childMarker = fileURLToPath(new URL('.', import.meta.url)).replace(
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 /** What a child reads, relative to the root. `package.json` says that our files are ES modules. */
-const childFiles = ['package.json', 'shared/frames.ts', 'runners/isolate']
+const childFiles = [
+  'package.json',
+  'shared/frames.ts',
+  'shared/guest.ts',
+  'runners/guest/flows.ts',
+  'runners/guest/heads.ts',
+  'runners/isolate',
+]
 /** Where these stand inside bubblewrap. */
 const inside = '/vulcan'
 /** Nobody’s ids in every Linux distribution. */

@@ -6,8 +6,8 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { EgressGate } from '../../runners/egress.ts'
 import { Pool } from '../../runners/isolate/pool.ts'
-import { encodeMessage, kinds, windowBytes } from '../../runners/isolate/protocol.ts'
 import type { HttpRequest, Outcome } from '../../runners/runner.ts'
+import { encodeMessage, kinds, windowBytes } from '../../shared/guest.ts'
 import { isAlive, job, sleep } from '../runners/isolate/support.ts'
 
 /** A child that says it is ready, then answers the first message with these bytes. */
@@ -74,7 +74,16 @@ async function answered(
   }
 }
 
-const usage = { cause: null, message: null, stack: null, start: 'warm', cpu_ms: 1, memory_mb: 1, dropped: [] }
+const usage = {
+  cause: null,
+  message: null,
+  stack: null,
+  start: 'warm',
+  cpu_ms: 1,
+  wall_ms: 1,
+  memory_mb: 1,
+  dropped: [],
+}
 const done = (more: object = {}, body?: Buffer) =>
   encodeMessage(kinds.done, 1, [JSON.stringify({ status: 'completed', ...usage, ...more }), 'null', body])
 const head = (value: object) => encodeMessage(kinds.respond, 1, [JSON.stringify(value)])

@@ -12,24 +12,29 @@ import type {
 } from '../../../runners/runner.ts'
 import type { Cause, LogLine } from '../../../shared/workload.ts'
 
-export type JobOptions = Partial<Omit<Job, 'code' | 'codeSha256' | 'input' | 'limits'>> & {
+export type JobOptions = Partial<Omit<Job, 'source' | 'input' | 'limits'>> & {
   input?: unknown
   limits?: Partial<Job['limits']>
 }
 
-export function job(code: string, { input, limits, ...rest }: JobOptions = {}): Job {
+/** A job of source text. */
+export type CodeJob = Job & { source: Extract<Job['source'], { kind: 'code' }> }
+
+export function job(code: string, { input, limits, ...rest }: JobOptions = {}): CodeJob {
   return {
     id: randomUUID(),
     attempt: 1,
     runtime: 'javascript',
-    code,
-    codeSha256: createHash('sha256').update(code).digest('hex'),
+    source: { kind: 'code', text: code, sha256: createHash('sha256').update(code).digest('hex') },
+    entrypoint: undefined,
+    workingDir: undefined,
+    user: undefined,
     input: input === undefined ? undefined : JSON.stringify(input),
     http: undefined,
     env: {},
     egress: 'none',
     function: undefined,
-    limits: { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6, ...limits },
+    limits: { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6, disk_mb: 64, ...limits },
     traceparent: undefined,
     ...rest,
   }

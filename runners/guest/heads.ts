@@ -1,7 +1,7 @@
 /** The heads of requests and responses as a child may say them: the same rules on both sides of its pipe. */
 import { FrameError } from '../../shared/frames.ts'
+import { type FetchHead, maxHeaderChars, type ResponseHead } from '../../shared/guest.ts'
 import type { HeaderList } from '../../shared/workload.ts'
-import { type FetchHead, maxHeaderChars, type ResponseHead } from './protocol.ts'
 
 /** RFC 9110: a token; field values and methods without control characters other than tab. */
 const isToken = (text: string) => /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/.test(text)

@@ -1,6 +1,6 @@
-/** Both ends of the byte streams in `protocol.ts`, the same in runner and sandbox child. */
+/** Both ends of the byte streams in `shared/guest.ts`, the same in runner and guest. */
 import { FrameError } from '../../shared/frames.ts'
-import { chunkBytes, type Kind, kinds, type Message, windowBytes } from './protocol.ts'
+import { chunkBytes, type Kind, kinds, type Message, windowBytes } from '../../shared/guest.ts'
 
 /** Sends a message about one stream. */
 export type Post = (kind: Kind, part?: string | Uint8Array) => void

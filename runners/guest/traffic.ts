@@ -3,10 +3,6 @@
  * response, and its outgoing fetches. What the child says of them is checked here; `FrameError` means that it lies.
  */
 import { FrameError } from '../../shared/frames.ts'
-import { EgressDenied, type EgressGate } from '../egress.ts'
-import type { ByteSink, ByteSource, Job, RunEvents } from '../runner.ts'
-import { Inflow, Outflow, routeStream } from './flows.ts'
-import { readFetchHead, readResponseHead } from './heads.ts'
 import {
   type FetchHead,
   fetchDownStream,
@@ -19,7 +15,11 @@ import {
   requestStream,
   responseStream,
   wholeBytes,
-} from './protocol.ts'
+} from '../../shared/guest.ts'
+import { EgressDenied, type EgressGate } from '../egress.ts'
+import type { ByteSink, ByteSource, Job, RunEvents } from '../runner.ts'
+import { Inflow, Outflow, routeStream } from './flows.ts'
+import { readFetchHead, readResponseHead } from './heads.ts'
 
 /** Sends a message to the child about the run; nothing where that is over. */
 export type PostMessage = (kind: Kind, parts: (string | Uint8Array | undefined)[], number: number) => void
@@ -59,7 +59,7 @@ async function* once(bytes: Uint8Array): ByteSource {
 export class Traffic {
   readonly #job: Job
   readonly #events: RunEvents
-  readonly #egress: EgressGate
+  readonly #egress: EgressGate | undefined
   readonly #post: PostMessage
   readonly #fetches = new Map<number, Fetch>()
   /** Messages of denials: an uncaught error that says the same is one. */
@@ -75,7 +75,8 @@ export class Traffic {
   #onCut: ((error: Error) => void) | undefined
   #over = false
 
-  constructor(job: Job, events: RunEvents, egress: EgressGate, post: PostMessage) {
+  /** Without `egress` the code has a network of its own, and a fetch is a lie. */
+  constructor(job: Job, events: RunEvents, egress: EgressGate | undefined, post: PostMessage) {
     this.#job = job
     this.#events = events
     this.#egress = egress
@@ -236,6 +237,8 @@ export class Traffic {
   }
 
   #fetch(n: number, parts: (Buffer | undefined)[]): void {
+    const egress = this.#egress
+    if (egress === undefined) throw new FrameError('a fetch that is not to be made here')
     if (n !== this.#lastFetch + 1) throw new FrameError('a fetch out of its order')
     this.#lastFetch = n
     const head = readFetchHead(readJson(parts[0]))
@@ -251,15 +254,22 @@ export class Traffic {
     }
     this.#fetches.set(n, fetch)
     const whole = body === undefined ? null : Uint8Array.prototype.slice.call(body)
-    void this.#run(n, fetch, head, fetch.up ?? whole)
+    void this.#run(egress, n, fetch, head, fetch.up ?? whole)
   }
 
-  async #run(n: number, fetch: Fetch, head: FetchHead, body: Uint8Array | ByteSource | null): Promise<void> {
-    const { egress: policy, function: ref, codeSha256, traceparent } = this.#job
+  async #run(
+    gate: EgressGate,
+    n: number,
+    fetch: Fetch,
+    head: FetchHead,
+    body: Uint8Array | ByteSource | null,
+  ): Promise<void> {
+    const { egress: policy, function: ref, source, traceparent } = this.#job
+    const owner = ref?.name ?? (source.kind === 'image' ? source.reference : source.sha256)
     const live = () => !this.#over && this.#fetches.get(n) === fetch
     try {
       const { method, url, headers, redirect } = head
-      const { body: answer, ...rest } = await this.#egress.fetch(ref?.name ?? codeSha256, policy, {
+      const { body: answer, ...rest } = await gate.fetch(owner, policy, {
         method,
         url,
         headers,
