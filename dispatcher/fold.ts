@@ -6,6 +6,7 @@ import type { StoredMessage } from '../shared/follow.ts'
 import { bodyBlob, fold, hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import { EVENTS } from '../shared/topology.ts'
+import type { Digest } from '../shared/workload.ts'
 import { type Database, Unfoldable } from './database.ts'
 import { parseJson, rarely } from './messages.ts'
 import type { Plan, Projection } from './project.ts'
@@ -49,11 +50,18 @@ function toRow({ record, spec }: Known): Row {
     outputBlob: record.output_blob?.blob ?? null,
     requestBlob: record.request_blob?.blob ?? null,
     responseBlob: bodyBlob(record.response?.body)?.blob ?? null,
+    sourceBlob: sourceBlob(record),
     record: JSON.stringify({ ...record, spec: undefined, output: undefined, response: undefined }),
     output: record.output === null ? null : JSON.stringify(record.output),
     response: record.response === null ? null : JSON.stringify(record.response),
     spec,
   }
+}
+
+/** Of a deployed function it is kept with the version. */
+function sourceBlob({ function: of, spec: { archive, image } }: WorkloadRecord): Digest | null {
+  if (of !== null) return null
+  return archive?.blob ?? (typeof image === 'object' ? image.blob : null)
 }
 
 // The statement is written out rather than built by drizzle for each batch: this is the platform’s hottest write.
@@ -67,6 +75,7 @@ const fixed = [
   'function',
   'payload_blob',
   'request_blob',
+  'source_blob',
   'spec',
 ]
 const upsertHead = `INSERT INTO workloads (${names.join(', ')}) VALUES `

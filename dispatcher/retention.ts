@@ -80,6 +80,7 @@ export async function referenced({ orm }: Database, digests: Digest[]): Promise<
           eq(workloads.outputBlob, digest),
           eq(workloads.requestBlob, digest),
           eq(workloads.responseBlob, digest),
+          eq(workloads.sourceBlob, digest),
         ),
       )
       .limit(1)

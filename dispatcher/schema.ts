@@ -27,6 +27,7 @@ export const workloads = sqliteTable(
     outputBlob: text('output_blob'),
     requestBlob: text('request_blob'),
     responseBlob: text('response_blob'),
+    sourceBlob: text('source_blob'),
     record: text('record').notNull(),
     output: text('output'),
     response: text('response'),
@@ -44,6 +45,7 @@ export const workloads = sqliteTable(
     index('workloads_output_blob').on(table.outputBlob).where(isNotNull(table.outputBlob)),
     index('workloads_request_blob').on(table.requestBlob).where(isNotNull(table.requestBlob)),
     index('workloads_response_blob').on(table.responseBlob).where(isNotNull(table.responseBlob)),
+    index('workloads_source_blob').on(table.sourceBlob).where(isNotNull(table.sourceBlob)),
   ],
 )
 

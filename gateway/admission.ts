@@ -4,15 +4,16 @@ import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import { BusUnavailable, fieldPath, Problem } from '../shared/errors.ts'
 import { type AcceptedEvent, type HttpCall, makeEvent } from '../shared/events.ts'
-import { type FunctionVersion, laneOf, resolve } from '../shared/functions.ts'
+import { type FunctionVersion, invocationSpec, laneOf, resolve } from '../shared/functions.ts'
 import { derivedWorkloadId, newWorkloadId, sha256Hex } from '../shared/ids.ts'
 import type { Registry } from '../shared/registry.ts'
 import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import { acceptedSubject } from '../shared/subjects.ts'
 import { continueTrace } from '../shared/trace.ts'
-import { type BlobRef, type WorkloadId, WorkloadSpec } from '../shared/workload.ts'
+import { type BlobRef, type Digest, type WorkloadId, WorkloadSpec } from '../shared/workload.ts'
 import type { Roster } from './roster.ts'
 import { route } from './routing.ts'
+import { checkShape } from './shape.ts'
 
 /** Specs above this (bytes of JSON) have their code and input stored as a blob: a message holds 1 MiB. */
 const inlineBytes = 512 * 1024
@@ -97,6 +98,40 @@ function checkKey(key: string | undefined): void {
     throw new Problem('invalid_header', { detail: 'must have 1 to 255 characters', field: 'Idempotency-Key' })
 }
 
+/** Throws `secret_not_found` with the field that names it. */
+export function checkSecrets(
+  secrets: Pick<Secrets, 'has'>,
+  { secrets: names, image_auth }: Pick<WorkloadSpec, 'secrets' | 'image_auth'>,
+): void {
+  const named = names.map((name, i): [field: string, name: string] => [`secrets[${i}]`, name])
+  if (image_auth !== undefined) named.push(['image_auth', image_auth])
+  for (const [field, name] of named)
+    if (!secrets.has(name))
+      throw new Problem('secret_not_found', {
+        detail: `there is no secret ${name}; put it first (PUT /v1/secrets/${name})`,
+        field,
+      })
+}
+
+/** The blobs that a spec names, each with its field. */
+export function blobsOf({
+  archive,
+  image,
+}: Pick<WorkloadSpec, 'archive' | 'image'>): [field: string, digest: Digest][] {
+  const named: [string, Digest][] = []
+  if (archive !== undefined) named.push(['archive.blob', archive.blob])
+  if (typeof image === 'object') named.push(['image.blob', image.blob])
+  return named
+}
+
+/** Keeps a stored blob from being swept before something refers to it. Throws `blob_not_found` with the field. */
+export async function claimBlob(blobs: Blobs, field: string, digest: Digest): Promise<BlobRef> {
+  const ref = await blobs.renew(digest)
+  if (ref === undefined)
+    throw new Problem('blob_not_found', { detail: `there is no blob ${digest}; POST it to /v1/blobs`, field })
+  return ref
+}
+
 /** Everything that can be refused is refused here, before anything is stored but a large payload’s blob. */
 export async function prepare(
   context: AdmissionContext,
@@ -106,14 +141,11 @@ export async function prepare(
 ): Promise<Candidate> {
   checkKey(headers.idempotencyKey)
   const spec = parseSpec(parsed)
-  const missing = spec.secrets.findIndex((name) => !context.secrets.has(name))
-  if (missing >= 0)
-    throw new Problem('secret_not_found', {
-      detail: `there is no secret ${spec.secrets[missing]}`,
-      field: `secrets[${missing}]`,
-    })
+  checkShape(spec)
+  checkSecrets(context.secrets, spec)
   if (!context.bus.connected) throw new BusUnavailable('not connected')
   const { isolation, reason } = route(spec, context.roster.ability)
+  await Promise.all(blobsOf(spec).map(([field, digest]) => claimBlob(context.blobs, field, digest)))
   const id =
     headers.idempotencyKey === undefined
       ? newWorkloadId()
@@ -170,17 +202,10 @@ export type Invoked = { input: unknown; http?: undefined } | { http: HttpCall; i
 
 const specs = new WeakMap<FunctionVersion, WorkloadSpec>()
 
-/** A version’s spec as its workloads carry it, without what limits the function as a whole. */
 function specOf(version: FunctionVersion): WorkloadSpec {
   let spec = specs.get(version)
   if (spec === undefined) {
-    const { concurrency: _, rate: __, queue_limit: ___, prewarm: ____, ...rest } = version.spec
-    const unbundled = version.bundle === null && rest.image === undefined && version.source !== null
-    spec = {
-      ...rest,
-      runtime: version.runtime,
-      ...(unbundled ? { archive: { blob: version.source!.blob } } : {}),
-    }
+    spec = invocationSpec(version)
     specs.set(version, spec)
   }
   return spec

@@ -6,14 +6,14 @@ import type { ContentfulStatusCode } from 'hono/utils/http-status'
 import { BusUnavailable, MessageTooLarge, Problem, StreamFull } from '../shared/errors.ts'
 import { eventJsonSchemas } from '../shared/events.ts'
 import type { Logger } from '../shared/process.ts'
-import { blobRoutes } from './blobs.ts'
+import { type BlobRoutes, blobRoutes } from './blobs.ts'
 import { type FunctionRoutes, functionRoutes } from './functions.ts'
 import { type InvokeContext, invocationRoutes, invoker, isInvocation } from './invoke.ts'
 import { openApiDocument } from './openapi.ts'
 import { type SecretRoutes, secretRoutes } from './secrets.ts'
 import { workloadRoutes } from './workloads.ts'
 
-export type AppOptions = InvokeContext & FunctionRoutes & SecretRoutes & { log: Logger }
+export type AppOptions = InvokeContext & FunctionRoutes & SecretRoutes & BlobRoutes & { log: Logger }
 
 const methods = ['GET', 'POST', 'PUT', 'PATCH', 'DELETE']
 

@@ -8,8 +8,8 @@ import { spool } from './spool.ts'
 
 export interface BlobRoutes {
   blobs: Blobs
-  /** Largest body in bytes. */
-  maxBodyBytes: number
+  /** Largest upload in bytes. */
+  maxBlobBytes: number
 }
 
 /** Says what the bytes must be, as `?digest=` does. */
@@ -23,15 +23,15 @@ function parseDigest(text: string | undefined, field: string): Digest | undefine
   throw new Problem(code, { detail: 'must be sha256: and 64 hex digits', field })
 }
 
-export function blobRoutes({ blobs, maxBodyBytes }: BlobRoutes): Hono {
+export function blobRoutes({ blobs, maxBlobBytes }: BlobRoutes): Hono {
   const app = new Hono()
 
   app.post('/', async (c) => {
     const expected =
       parseDigest(c.req.query('digest'), 'digest') ??
       parseDigest(c.req.header(digestHeader), 'X-Vulcan-Digest')
-    if (Number(c.req.header('content-length')) > maxBodyBytes) throw tooLarge(maxBodyBytes)
-    await using body = await spool(c.req.raw.body, maxBodyBytes)
+    if (Number(c.req.header('content-length')) > maxBlobBytes) throw tooLarge(maxBlobBytes)
+    await using body = await spool(c.req.raw.body, maxBlobBytes)
     const { ref } = body
     if (expected !== undefined && expected !== ref.blob)
       throw new Problem('digest_mismatch', { detail: `the bytes received are ${ref.blob}`, field: 'digest' })

@@ -1,73 +1,38 @@
 /** `/v1/functions`: deploy, versions, aliases, rollback, delete. */
 import { Hono } from 'hono'
 import { z } from 'zod'
-import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import { fieldPath, Problem } from '../shared/errors.ts'
 import {
   AliasName,
   AliasTarget,
   type FunctionRecord,
-  FunctionSpec,
   type FunctionVersion,
   type Lane,
   laneOf,
   lanesOf,
 } from '../shared/functions.ts'
-import { sha256Hex } from '../shared/ids.ts'
 import type { Registry } from '../shared/registry.ts'
-import type { Secrets } from '../shared/secrets.ts'
 import { ensureLane, laneConsumer, type TopologyOptions } from '../shared/topology.ts'
-import { FunctionName, type Runtime, VersionId, WorkloadSpec } from '../shared/workload.ts'
-import { parseWith } from './admission.ts'
+import { FunctionName, VersionId } from '../shared/workload.ts'
 import { parseJson, requireJson, withBody } from './body.ts'
-import { type Files, packed, unpack } from './build/archive.ts'
-import type { Builder } from './build/build.ts'
-import type { Roster } from './roster.ts'
-import { route } from './routing.ts'
-import { entryOf, filesIn, kindOf, readUpload, specWith, type Upload } from './uploads.ts'
+import { type DeployContext, deployable } from './deploy.ts'
+import { readUpload } from './uploads.ts'
+import { canonical, contentOf } from './versions.ts'
 
-export interface FunctionRoutes {
+export interface FunctionRoutes extends DeployContext {
   bus: Bus
-  blobs: Blobs
   registry: Registry
-  secrets: Pick<Secrets, 'has'>
-  roster: Pick<Roster, 'ability'>
-  builder: Builder
   topology: TopologyOptions
-  /** Largest body in bytes. */
-  maxBodyBytes: number
 }
 
 /** Tries of a change that others make at the same moment. */
 const tries = 8
-/** Largest record of a version, bytes: a message holds 1 MiB. */
-const versionBytes = 512 * 1024
 /** Versions that a function lists; the oldest that nothing points at leave the list first. */
 const listedVersions = 5_000
 
-const sources = ['code', 'files', 'archive', 'image'] as const
-const isScript = (runtime: Runtime | undefined) => runtime === 'javascript' || runtime === 'typescript'
-
-/** Everything of a version that its id is made from. */
-type Content = Omit<FunctionVersion, 'version' | 'created_at' | 'warnings'>
-
-/** Like JSON, with the keys of objects in order and without what is undefined. */
-export function canonical(value: unknown): string {
-  if (Array.isArray(value)) return `[${value.map(canonical).join(',')}]`
-  if (typeof value !== 'object' || value === null) return JSON.stringify(value)
-  const entries = Object.entries(value).filter(([, field]) => field !== undefined)
-  entries.sort(([a], [b]) => (a < b ? -1 : 1))
-  return `{${entries.map(([key, field]) => `${JSON.stringify(key)}:${canonical(field)}`).join(',')}}`
-}
-
-const versionIdOf = (content: Content): VersionId => `v${sha256Hex(canonical(content)).slice(0, 16)}`
-
-const contentOf = ({ version: _, created_at: __, warnings: ___, ...content }: FunctionVersion): Content =>
-  content
-
 export function functionRoutes(deps: FunctionRoutes): Hono {
-  const { bus, blobs, registry, secrets, roster, builder, topology, maxBodyBytes } = deps
+  const { bus, registry, topology, maxBodyBytes } = deps
   const app = new Hono()
 
   app.use('/:name/*', async (c, next) => {
@@ -92,7 +57,7 @@ export function functionRoutes(deps: FunctionRoutes): Hono {
     const signal = c.req.raw.signal
     const version = await withBody(c, maxBodyBytes, async (body) => {
       const upload = await readUpload(c, body)
-      return await deployable(name, upload, signal)
+      return await deployable(deps, name, upload, signal)
     }).catch((error) => {
       if (signal.aborted) return undefined
       throw error
@@ -188,92 +153,6 @@ export function functionRoutes(deps: FunctionRoutes): Hono {
   })
 
   return app
-
-  /** Checks, builds and stores the bytes of what was put. Nothing refers to them yet. */
-  async function deployable(name: string, upload: Upload, signal: AbortSignal): Promise<FunctionVersion> {
-    // Unpacked files are large: as few are held as are being built.
-    return await builder.inTurn(async () => {
-      signal.throwIfAborted()
-      let { archive } = upload
-      let files: Files | undefined
-      let spec: FunctionSpec
-      if (archive === undefined) {
-        spec = parseWith(FunctionSpec, upload.spec)
-        exactlyOne(spec)
-        files = filesIn(spec)
-        if (spec.archive !== undefined) archive = await stored(spec.archive.blob)
-      } else {
-        for (const field of sources)
-          if (field in upload.spec)
-            throw new Problem('invalid_field', { detail: `${field}: the archive is what is deployed`, field })
-        spec = parseWith(FunctionSpec, upload.spec)
-      }
-      // A command runs on the archive as it is.
-      if (archive !== undefined && !Array.isArray(spec.entrypoint)) {
-        files = await unpack(archive)
-        spec = specWith(files, upload.spec)
-      }
-      checkSecrets(spec)
-      const command = Array.isArray(spec.entrypoint)
-      const entry = files === undefined || command ? undefined : beginning(files, spec)
-      const runtime = spec.runtime ?? (entry === undefined ? undefined : kindOf(entry))
-      const scripted = entry !== undefined && isScript(runtime)
-      const { isolation, reason } = route(asSource(spec, runtime, scripted), roster.ability)
-      const common = { name, isolation, routing_reason: reason }
-      const { code: _, files: __, archive: ___, ...kept } = spec
-      if (!scripted || files === undefined) {
-        const image = typeof spec.image === 'object' ? await stored(spec.image.blob) : undefined
-        const bytes = archive ?? image ?? (files === undefined ? undefined : packed(files))
-        return versionOf(
-          {
-            ...common,
-            runtime: runtime ?? 'oci',
-            bundle: null,
-            source: bytes === undefined ? null : await blobs.put(bytes),
-            spec: kept,
-          },
-          [],
-        )
-      }
-      const built = await builder.build(files, entry, signal)
-      const source = spec.code === undefined ? packed(files) : Buffer.from(spec.code)
-      const [bundle, map, sourceRef] = await Promise.all([
-        blobs.put(built.code),
-        blobs.put(built.map),
-        blobs.put(source),
-      ])
-      return versionOf(
-        {
-          ...common,
-          // What a bundle is, whatever it was written in.
-          runtime: 'javascript',
-          bundle: { ...bundle, map: map.blob },
-          source: sourceRef,
-          spec: kept,
-        },
-        built.warnings,
-      )
-    })
-  }
-
-  async function stored(digest: string): Promise<Buffer> {
-    const size = await blobs.size(digest)
-    if (size !== undefined && size > maxBodyBytes)
-      throw new Problem('payload_too_large', { detail: `${digest} has ${size} bytes` })
-    const bytes = await blobs.get(digest)
-    if (bytes === undefined) throw new Problem('blob_not_found', { detail: `there is no blob ${digest}` })
-    return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
-  }
-
-  function checkSecrets(spec: FunctionSpec): void {
-    spec.secrets.forEach((secret, i) => {
-      if (!secrets.has(secret))
-        throw new Problem('secret_not_found', {
-          detail: `there is no secret ${secret}; put it first (PUT /v1/secrets/${secret})`,
-          field: `secrets[${i}]`,
-        })
-    })
-  }
 
   /** The same content is stored once. */
   async function store(version: FunctionVersion): Promise<void> {
@@ -383,65 +262,10 @@ const shown = (version: FunctionVersion | undefined, id: VersionId) => ({
   source: version?.source ?? null,
 })
 
-function versionOf(content: Content, warnings: FunctionVersion['warnings']): FunctionVersion {
-  const version = {
-    ...content,
-    version: versionIdOf(content),
-    created_at: new Date().toISOString(),
-    warnings,
-  }
-  if (Buffer.byteLength(JSON.stringify(version)) <= versionBytes) return version
-  if (warnings.length > 0) return versionOf(content, [])
-  throw new Problem('invalid_field', {
-    detail: `without its code a spec may have at most ${versionBytes / 1024} KiB`,
-    field: 'env',
-  })
-}
-
 function laneFor({ name, isolation, spec }: FunctionVersion): Lane | undefined {
   const lane = laneOf(name, spec)
   if (lane === undefined) return undefined
   return { lane, isolation, function: name, concurrency: spec.concurrency, rate: spec.rate }
-}
-
-function exactlyOne(spec: FunctionSpec): void {
-  const set = sources.filter((name) => spec[name] !== undefined)
-  if (set.length === 1) return
-  throw new Problem('invalid_field', {
-    detail:
-      set.length === 0
-        ? 'one of code, files, archive or image is required'
-        : `only one of code, files, archive and image may be set, not ${set.join(' and ')}`,
-    field: set[1] ?? 'code',
-  })
-}
-
-/** The file a script begins with; undefined where the runtime is not one of scripts. */
-function beginning(files: Files, spec: FunctionSpec): string | undefined {
-  if (spec.runtime !== undefined && !isScript(spec.runtime)) return undefined
-  const entrypoint = typeof spec.entrypoint === 'string' ? spec.entrypoint : undefined
-  const entry = spec.code === undefined ? entryOf(files, entrypoint) : [...files.keys()][0]!
-  if (kindOf(entry) !== undefined) return entry
-  if (spec.runtime === undefined)
-    throw new Problem('invalid_field', {
-      detail: `runtime: say what ${entry} is to be run by`,
-      field: 'runtime',
-    })
-  throw new Problem('invalid_field', {
-    detail: `entrypoint: ${entry} is no JavaScript or TypeScript by its name`,
-    field: 'entrypoint',
-  })
-}
-
-/** What is routed: a project that becomes one module counts as source. */
-function asSource(spec: FunctionSpec, runtime: Runtime | undefined, scripted: boolean): WorkloadSpec {
-  const { isolation, network, image, archive } = spec
-  const source = scripted
-    ? { code: ' ' }
-    : image !== undefined
-      ? { image }
-      : { archive: archive ?? { blob: `sha256:${'0'.repeat(64)}` } }
-  return WorkloadSpec.parse({ isolation, network, ...source, ...(runtime === undefined ? {} : { runtime }) })
 }
 
 /** Aliases and the latest keep what they point at. */

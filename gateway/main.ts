@@ -27,6 +27,8 @@ const GatewayConfig = CommonConfig.extend({
   dispatcherUrl: z.url().default('http://127.0.0.1:8081'),
   /** Largest request body, MiB. */
   maxBodyMb: z.coerce.number().positive().max(1_024).default(64),
+  /** Largest upload of a blob, MiB: image archives are large, and are not held in memory. */
+  maxBlobMb: z.coerce.number().positive().max(4_096).default(1_024),
   /** Longest wait of one request, seconds; then it is answered 202. */
   maxWaitS: z.coerce.number().positive().max(86_400).default(3_600),
 })
@@ -37,6 +39,7 @@ const config = readConfig(
     port: 'VULCAN_PORT',
     dispatcherUrl: 'VULCAN_DISPATCHER_URL',
     maxBodyMb: 'VULCAN_MAX_BODY_MB',
+    maxBlobMb: 'VULCAN_MAX_BLOB_MB',
     maxWaitS: 'VULCAN_MAX_WAIT_S',
   },
   process.env,
@@ -46,6 +49,7 @@ const log = makeLogger('vulcan-gateway', config.logLevel)
 const stop = stopSignal()
 const { replicas } = config.topology
 const maxBodyBytes = Math.floor(config.maxBodyMb * 1_048_576)
+const maxBlobBytes = Math.floor(config.maxBlobMb * 1_048_576)
 
 await using bus = await Bus.connect({ url: config.natsUrl, name: gatewayId }, stop)
 const box = await SecretBox.open(secretKeyOf(config))
@@ -68,6 +72,7 @@ const fetch = gatewayFetch({
   exchanges,
   reads: readsFrom(config.dispatcherUrl),
   maxBodyBytes,
+  maxBlobBytes,
   maxWaitS: config.maxWaitS,
   log,
 })
@@ -80,8 +85,8 @@ const server = serve({ fetch, hostname: config.host, port: config.port, serverOp
 // A body that is refused by its declared size is not asked for; one that is streamed to a function has no limit. What comes all the same is read and thrown away for
 // half a second (by node-server), so that the answer is not lost in a reset connection.
 server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => {
-  if (isInvocation(request) || !(Number(request.headers['content-length']) > maxBodyBytes))
-    response.writeContinue()
+  const limit = request.url?.startsWith('/v1/blobs') ? maxBlobBytes : maxBodyBytes
+  if (isInvocation(request) || !(Number(request.headers['content-length']) > limit)) response.writeContinue()
   server.emit('request', request, response)
 })
 server.on('error', (error) => {

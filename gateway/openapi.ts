@@ -15,6 +15,7 @@ const run = (summary: string, sync: boolean): ZodOpenApiOperationObject => ({
     ...(sync ? { '200': answers('The finished workload, also when it failed or was killed', Workload) } : {}),
     '202': answers('Accepted; not done yet', Workload),
     '400': problem('Not JSON, or a bad header'),
+    '404': problem('No such blob'),
     '409': problem('The idempotency key was used with another body'),
     '413': problem('The body is too large'),
     '415': problem('The body is not declared as JSON'),
@@ -83,7 +84,7 @@ const paths: ZodOpenApiPathsObject = {
       responses: {
         '200': answers('With `Prefer: wait`: the finished workload', Workload),
         '202': answers('Accepted', Workload),
-        '404': problem('No such workload'),
+        '404': problem('No such workload, or a blob that it needs is no longer stored'),
         '409': problem('Its request was streamed and not kept'),
         '503': unavailable,
       },

@@ -7,10 +7,13 @@ import type { Bus } from '../shared/bus.ts'
 import { allRunners, rollCallSubject } from '../shared/subjects.ts'
 import { Isolation } from '../shared/workload.ts'
 
+const installs = (isolation: Isolation): string =>
+  `\`npm run setup -- ${isolation}\` installs what it needs; start a runner then, by \`npm start\` or \`node runners/main.ts ${isolation}\``
+
 const fixes: Record<Isolation, string> = {
   isolate: 'start one with `node runners/main.ts isolate`',
-  gvisor: 'this version has no gvisor runner yet',
-  docker: 'this version has no docker runner yet',
+  gvisor: installs('gvisor'),
+  docker: installs('docker'),
   microvm: 'this version has no microvm runner yet',
 }
 

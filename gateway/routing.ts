@@ -1,7 +1,7 @@
 /** Which isolation runs a workload, and why. Pure; what is available is given. */
 import type { Ability } from '../shared/backends.ts'
 import { Problem } from '../shared/errors.ts'
-import type { Isolation, Runtime, WorkloadSpec } from '../shared/workload.ts'
+import { Isolation, runtimeOf, type WorkloadSpec } from '../shared/workload.ts'
 
 export interface Route {
   isolation: Isolation
@@ -11,16 +11,20 @@ export interface Route {
 
 type Abilities = (isolation: Isolation) => Ability
 
-/** The runtime a spec means where it names none. */
-export const runtimeOf = (spec: WorkloadSpec): Runtime | undefined =>
-  spec.runtime ?? (spec.image !== undefined ? 'oci' : spec.code !== undefined ? 'javascript' : undefined)
+/** What is looked at of a spec, of a workload’s or a function’s. */
+export type Routable = Pick<
+  WorkloadSpec,
+  'isolation' | 'runtime' | 'code' | 'archive' | 'image' | 'entrypoint' | 'working_dir' | 'user' | 'network'
+>
 
 /** What `auto` takes: the lightest isolation that is strong enough for the kind of source. */
-function automatic(spec: WorkloadSpec): Route {
+function automatic(spec: Routable): Route {
   const runtime = runtimeOf(spec)
   if (spec.image !== undefined) return { isolation: 'gvisor', reason: 'auto: an image runs under gvisor' }
   if (spec.archive !== undefined)
     return { isolation: 'microvm', reason: 'auto: an archive runs in a microvm' }
+  if (Array.isArray(spec.entrypoint))
+    return { isolation: 'microvm', reason: 'auto: a command runs in a microvm' }
   if (runtime === 'javascript')
     return { isolation: 'isolate', reason: 'auto: JavaScript source runs in an isolate' }
   if (runtime === 'typescript')
@@ -28,9 +32,21 @@ function automatic(spec: WorkloadSpec): Route {
   return { isolation: 'microvm', reason: `auto: ${runtime} source runs in a microvm` }
 }
 
+/** What isolates have no use for; undefined: nothing. */
+function beyondIsolates(spec: Routable): string | undefined {
+  if (spec.code === undefined)
+    return `isolate runs source code, not an ${spec.image === undefined ? 'archive' : 'image'}`
+  if (Array.isArray(spec.entrypoint)) return 'isolate calls what the code exports and runs no command'
+  if (spec.working_dir !== undefined) return 'isolate has no files, and so no working_dir'
+  if (spec.user !== undefined) return 'isolate has no users'
+  return undefined
+}
+
 /** Why a backend cannot take the spec; undefined when it can. */
-function obstacle(spec: WorkloadSpec, backend: Ability): string | undefined {
+function obstacle(spec: Routable, backend: Ability): string | undefined {
   if (!backend.available) return `${backend.isolation} is unavailable: ${backend.reason}; ${backend.fix}`
+  const beyond = backend.isolation === 'isolate' ? beyondIsolates(spec) : undefined
+  if (beyond !== undefined) return beyond
   const can = backend.capabilities
   if (can === null) return undefined
   const runtime = runtimeOf(spec)
@@ -42,11 +58,21 @@ function obstacle(spec: WorkloadSpec, backend: Ability): string | undefined {
   return undefined
 }
 
+/** What a client could ask for by name where `auto` finds its choice unavailable. */
+function instead(spec: Routable, chosen: Isolation, abilities: Abilities): string {
+  const others = Isolation.options.filter(
+    (one) => one !== chosen && obstacle(spec, abilities(one)) === undefined,
+  )
+  return others.length === 0
+    ? ''
+    : `; ${others.join(' and ')} could run it: name one in "isolation" where it is strong enough for you`
+}
+
 /**
  * Chooses. An isolation that is not available is refused with what would make it so; a weaker one is taken only
  * where the client’s own preference list says it may be.
  */
-export function route(spec: WorkloadSpec, abilities: Abilities): Route {
+export function route(spec: Routable, abilities: Abilities): Route {
   const asked = spec.isolation
   const candidates: Route[] =
     asked === 'auto'
@@ -66,5 +92,6 @@ export function route(spec: WorkloadSpec, abilities: Abilities): Route {
         : { ...candidate, reason: `${candidate.reason}; passed over: ${passed.join('; ')}` }
     passed.push(reason)
   }
-  throw new Problem('isolation_unavailable', { detail: passed.join('; '), field: 'isolation' })
+  const hint = asked === 'auto' ? instead(spec, candidates[0]!.isolation, abilities) : ''
+  throw new Problem('isolation_unavailable', { detail: passed.join('; ') + hint, field: 'isolation' })
 }

@@ -2,6 +2,7 @@
 import type { Context } from 'hono'
 import { Problem } from '../shared/errors.ts'
 import { FilePath, FunctionSpec } from '../shared/functions.ts'
+import { type Runtime, runtimeOfFile } from '../shared/workload.ts'
 import { parseWith } from './admission.ts'
 import { parseJson } from './body.ts'
 import { archiveKind, checkFolders, type Files } from './build/archive.ts'
@@ -119,15 +120,19 @@ export function specWith(files: Files, given: Record<string, unknown>): Function
   return parseWith(FunctionSpec, { ...fields, ...given })
 }
 
+const codeNames: Partial<Record<Runtime, string>> = {
+  typescript: 'index.ts',
+  python: 'main.py',
+  go: 'main.go',
+}
+
 /** The files of a spec that carries them itself. Throws `invalid_field`. */
 export function filesIn(spec: FunctionSpec): Files | undefined {
   if (spec.code !== undefined) {
     const name =
       typeof spec.entrypoint === 'string' && FilePath.safeParse(spec.entrypoint).success
         ? spec.entrypoint
-        : spec.runtime === 'typescript'
-          ? 'index.ts'
-          : 'index.js'
+        : (codeNames[spec.runtime ?? 'javascript'] ?? 'index.js')
     return new Map([[name, Buffer.from(spec.code)]])
   }
   if (spec.files === undefined) return undefined
@@ -136,29 +141,45 @@ export function filesIn(spec: FunctionSpec): Files | undefined {
   return files
 }
 
+const pythonPlaces = ['main', 'handler', 'app', 'index', 'src/main', 'src/handler', 'src/app', 'src/index']
+
+/** Where a Python project begins: as its spec says, else where one would look. Throws `invalid_field`. */
+export function pythonEntryOf(files: Files, entrypoint: string | undefined): string {
+  if (entrypoint !== undefined) return named(files, entrypoint)
+  for (const place of pythonPlaces) if (files.has(`${place}.py`)) return `${place}.py`
+  const only = [...files.keys()].filter((path) => !path.includes('/') && path.endsWith('.py'))
+  if (only.length === 1) return only[0]!
+  throw new Problem('invalid_field', {
+    detail: 'entrypoint: say which file the project begins with; there is no main.py',
+    field: 'entrypoint',
+  })
+}
+
+function named(files: Files, entrypoint: string): string {
+  const path = entrypoint.replace(/^\.\//, '')
+  if (files.has(path)) return path
+  throw new Problem('invalid_field', {
+    detail: `entrypoint: there is no file ${entrypoint} in the project`,
+    field: 'entrypoint',
+  })
+}
+
 const scripts = ['ts', 'tsx', 'mts', 'js', 'jsx', 'mjs', 'cjs']
 const places = ['index', 'src/index', 'main', 'src/main', 'worker', 'src/worker']
 
 /** Where a project begins: as its spec or package.json says, else where one would look. Throws `invalid_field`. */
 export function entryOf(files: Files, entrypoint: string | undefined): string {
-  if (entrypoint !== undefined) {
-    const path = entrypoint.replace(/^\.\//, '')
-    if (files.has(path)) return path
-    throw new Problem('invalid_field', {
-      detail: `entrypoint: there is no file ${entrypoint} in the project`,
-      field: 'entrypoint',
-    })
-  }
+  if (entrypoint !== undefined) return named(files, entrypoint)
   const json = readJson(files, 'package.json')
   if (typeof json === 'object' && json !== null)
     for (const field of ['module', 'main'] as const) {
       const path = (json as Record<string, unknown>)[field]
       const clean = typeof path === 'string' ? path.replace(/^\.\//, '') : undefined
-      if (clean !== undefined && files.has(clean) && kindOf(clean) !== undefined) return clean
+      if (clean !== undefined && files.has(clean) && isScriptFile(clean)) return clean
     }
   for (const place of places)
     for (const script of scripts) if (files.has(`${place}.${script}`)) return `${place}.${script}`
-  const only = [...files.keys()].filter((path) => !path.includes('/') && kindOf(path) !== undefined)
+  const only = [...files.keys()].filter((path) => !path.includes('/') && isScriptFile(path))
   if (only.length === 1) return only[0]!
   throw new Problem('invalid_field', {
     detail: 'entrypoint: say which file the project begins with; there is no index.ts or index.js',
@@ -166,6 +187,4 @@ export function entryOf(files: Files, entrypoint: string | undefined): string {
   })
 }
 
-/** What a file is written in, by its name. */
-export const kindOf = (path: string): 'javascript' | 'typescript' | undefined =>
-  /\.([cm]?ts|tsx)$/.test(path) ? 'typescript' : /\.([cm]?js|jsx)$/.test(path) ? 'javascript' : undefined
+const isScriptFile = (path: string) => ['javascript', 'typescript'].includes(runtimeOfFile(path) ?? '')

@@ -15,7 +15,7 @@ import { newWorkloadId } from '../shared/ids.ts'
 import { bodyBlob, hasEnded } from '../shared/lifecycle.ts'
 import { continueTrace } from '../shared/trace.ts'
 import { WorkloadId } from '../shared/workload.ts'
-import { type Candidate, prepare } from './admission.ts'
+import { blobsOf, type Candidate, prepare } from './admission.ts'
 import { parseJson, requireJson, withBody } from './body.ts'
 import { kill } from './kill.ts'
 import { parsePrefer } from './prefer.ts'
@@ -98,7 +98,8 @@ export function workloadRoutes(context: RunContext): Hono<{ Bindings: HttpBindin
       },
       { ...origin, traceparent: trace.traceparent },
     ) as AcceptedEvent
-    for (const blob of [data.payload, data.bundle, bodyBlob(call?.body)])
+    const named = blobsOf(data.spec).map(([, blob]) => ({ blob }))
+    for (const blob of [data.payload, data.bundle, bodyBlob(call?.body), ...named])
       if (blob != null && (await context.blobs.size(blob.blob)) === undefined)
         throw new Problem('blob_not_found', { detail: `${blob.blob}, which it needs, is no longer stored` })
     return run(context, c, { id, event }, preference.applied === undefined ? inBackground : preference)

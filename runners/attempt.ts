@@ -24,9 +24,10 @@ import type { WorkMessage } from '../shared/queue.ts'
 import { controlSubject, eventSubject, lateSubject, logSubject } from '../shared/subjects.ts'
 import type { BlobRef, Cause, LogLine, Receipt, WorkloadError, WorkloadSpec } from '../shared/workload.ts'
 import { Answer } from './answer.ts'
-import { type Assignment, type JobContext, Refusal, toJob } from './job.ts'
+import { type Assignment, type JobContext, toJob } from './job.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
-import type { Outcome } from './runner.ts'
+import type { Outcome, Source } from './runner.ts'
+import { Refusal } from './source.ts'
 import type { Stacks } from './stacks.ts'
 import type { Vigil } from './vigil.ts'
 
@@ -272,12 +273,13 @@ async function attempt(
     if (!book.settled) await book.flushed()
 
     const receipt: Receipt = {
-      code_sha256: job.codeSha256,
+      code_sha256: codeDigest(job.source),
+      image_digest: outcome.imageDigest ?? null,
       runner: runnerId,
       isolation: runner.isolation,
       walls: runner.capabilities.walls,
       start: outcome.start,
-      limits: spec.limits,
+      limits: job.limits,
       usage: outcome.usage,
     }
     const base = {
@@ -326,6 +328,10 @@ async function attempt(
     if (!(assigned instanceof Refusal)) assigned.exchange?.close()
   }
 }
+
+/** Of the code or the archive’s bytes; an image is told by its own digest. */
+const codeDigest = (source: Source): string | null =>
+  source.kind === 'code' || source.kind === 'archive' ? source.sha256 : null
 
 async function responseOf(
   context: AttemptContext,

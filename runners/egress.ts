@@ -78,8 +78,7 @@ const isToken = (text: string) => /^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$/.test(text)
 const isValue = (text: string) => /^[\t\x20-\x7e\x80-\xff]*$/.test(text)
 
 /** IANA’s special-purpose IPv4 addresses, multicast, and what is reserved. */
-const special4 = new BlockList()
-for (const range of [
+export const specialRanges4: readonly string[] = [
   '0.0.0.0/8',
   '10.0.0.0/8',
   '100.64.0.0/10',
@@ -98,7 +97,9 @@ for (const range of [
   '203.0.113.0/24',
   '224.0.0.0/4',
   '240.0.0.0/4',
-]) {
+]
+const special4 = new BlockList()
+for (const range of specialRanges4) {
   const [net, bits] = range.split('/')
   special4.addSubnet(net!, Number(bits), 'ipv4')
 }
@@ -132,7 +133,7 @@ const plainHost = (host: string) =>
     .replace(/\.$/, '')
 
 /** `host:port` with the host in its plain form. */
-function plainEntry(entry: string): string {
+export function plainEntry(entry: string): string {
   const at = entry.lastIndexOf(':')
   return `${plainHost(entry.slice(0, at))}:${Number(entry.slice(at + 1))}`
 }
@@ -152,7 +153,8 @@ export function permits(policy: Policy, host: string, port: number): boolean {
 const portOf = (url: URL) => (url.port === '' ? (url.protocol === 'https:' ? 443 : 80) : Number(url.port))
 const nameOf = (policy: Policy) => (typeof policy === 'string' ? policy : JSON.stringify(policy))
 
-const systemResolve = async (host: string) =>
+/** All addresses of a host name, as the host itself sees it. */
+export const systemResolve = async (host: string) =>
   (await lookup(host, { all: true, verbatim: true })).map(({ address }) => address)
 
 export class EgressGate implements AsyncDisposable {

@@ -1,17 +1,16 @@
-/** From an accepted event to what a runner is given: code, secrets, request. */
+/** From an accepted event to what a runner is given: code, archive or image, secrets, request. */
 import { setTimeout as delay } from 'node:timers/promises'
 import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
-import { BusUnavailable } from '../shared/errors.ts'
 import type { AcceptedEvent, HttpCall } from '../shared/events.ts'
 import { RunnerExchange } from '../shared/exchange.ts'
 import { bodyBytes, unsealHeaders } from '../shared/http.ts'
-import { sha256Hex } from '../shared/ids.ts'
 import type { SecretBox, Secrets } from '../shared/secrets.ts'
-import type { Cause, Digest, Runtime } from '../shared/workload.ts'
+import type { Digest } from '../shared/workload.ts'
 import type { Bundles } from './bundles.ts'
 import { type Redact, redactor } from './redact.ts'
 import type { HttpRequest, Job, Runner } from './runner.ts'
+import { type ProgramSpec, programOf, Refusal, unlessGone } from './source.ts'
 
 /** Milliseconds that a secret put a moment ago is given to get here. */
 const secretDelayMs = 300
@@ -36,16 +35,6 @@ export interface Assignment {
   leave(): void
 }
 
-/** The workload cannot run, now or later. */
-export class Refusal extends Error {
-  override name = 'Refusal'
-  readonly reason: Cause
-  constructor(reason: Cause, message: string, options?: ErrorOptions) {
-    super(message, options)
-    this.reason = reason
-  }
-}
-
 /** Throws `Refusal` for what cannot run, `BusUnavailable` where trying again can help. */
 export async function toJob(
   context: JobContext,
@@ -54,21 +43,16 @@ export async function toJob(
 ): Promise<Assignment> {
   const { spec, bundle, http: call } = accepted.data
   let { code, input } = spec
-  let codeSha256: string | undefined
   if (accepted.data.payload !== null) {
     const bytes = await blobOf(context, accepted.data.payload.blob, 'payload')
     const payload = JSON.parse(Buffer.from(bytes).toString()) as { code?: string; input?: unknown }
     code = payload.code ?? code
     if ('input' in payload) input = payload.input
   }
-  if (bundle != null) {
-    const text = context.bundles.get(bundle.blob)
-    code = typeof text === 'string' ? text : await unlessGone(text, `its code ${bundle.blob}`)
-    codeSha256 = bundle.blob.slice('sha256:'.length)
-  }
-  if (code === undefined)
-    throw new Refusal('internal', `${context.runner.isolation} runs source code, and this workload has none`)
   const secrets = spec.secrets.length === 0 ? undefined : await secretsOf(context, spec.secrets)
+  const auth = spec.image_auth === undefined ? undefined : await secretsOf(context, [spec.image_auth])
+  const whole: ProgramSpec = { ...spec, code, bundle, registryUser: auth?.[spec.image_auth!] }
+  const program = await programOf(context, whole)
   const exchange =
     call == null || call.gateway === null
       ? undefined
@@ -78,18 +62,17 @@ export async function toJob(
     job: {
       id: accepted.subject,
       attempt,
-      runtime: runtimeOf(spec.runtime, bundle != null),
-      code,
-      codeSha256: codeSha256 ?? sha256Hex(code),
+      ...program,
+      workingDir: spec.working_dir,
+      user: spec.user,
       input: input === undefined ? undefined : JSON.stringify(input),
       http: call == null ? undefined : await requestOf(context, accepted, call, exchange, gone.signal),
       env: secrets === undefined ? spec.env : { ...spec.env, ...secrets },
-      limits: spec.limits,
       egress: spec.network.egress,
       function: accepted.data.function ?? undefined,
       traceparent: accepted.traceparent,
     },
-    redact: secrets === undefined ? undefined : redactor(secrets),
+    redact: secrets === undefined && auth === undefined ? undefined : redactor(hidden(secrets, auth)),
     exchange,
     leave() {
       gone.abort(new DOMException('The caller is gone', 'AbortError'))
@@ -98,9 +81,17 @@ export async function toJob(
   }
 }
 
-/** A bundle holds no types any more. */
-const runtimeOf = (runtime: Runtime | undefined, bundled: boolean): Runtime =>
-  bundled && runtime === 'typescript' ? 'javascript' : (runtime ?? 'javascript')
+/** Every value that is not to be seen; of a registry’s user the password by itself too. */
+const hidden = (
+  secrets: Record<string, string> = {},
+  auth: Record<string, string> = {},
+): Record<string, string> => ({
+  ...secrets,
+  ...auth,
+  ...Object.fromEntries(
+    Object.entries(auth).map(([name, value]) => [`${name} password`, value.slice(value.indexOf(':') + 1)]),
+  ),
+})
 
 async function secretsOf({ secrets }: JobContext, names: string[]): Promise<Record<string, string>> {
   try {
@@ -156,14 +147,4 @@ async function blobOf({ blobs }: JobContext, digest: Digest, what: string): Prom
   const bytes = await unlessGone(blobs.get(digest), `its ${what} ${digest}`)
   if (bytes === undefined) throw new Refusal('internal', `its ${what} ${digest} is no longer stored`)
   return bytes
-}
-
-/** What cannot be read for good makes the workload impossible. */
-async function unlessGone<T>(reading: Promise<T>, what: string): Promise<T> {
-  try {
-    return await reading
-  } catch (cause) {
-    if (cause instanceof BusUnavailable) throw cause
-    throw new Refusal('internal', `${what} cannot be read: ${(cause as Error).message}`, { cause })
-  }
 }

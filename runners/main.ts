@@ -1,4 +1,6 @@
-/** One runner process: `node runners/main.ts isolate`. Stateless; start as many as the host carries. */
+/** One runner process: `node runners/main.ts isolate | gvisor | docker`. Stateless; start as many as the host carries. */
+import { availableParallelism } from 'node:os'
+import { resolve } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { z } from 'zod'
 import { Blobs } from '../shared/blobs.ts'
@@ -10,25 +12,46 @@ import { makeLogger, stopSignal } from '../shared/process.ts'
 import { Registry } from '../shared/registry.ts'
 import { SecretBox, Secrets } from '../shared/secrets.ts'
 import { Isolation } from '../shared/workload.ts'
+import type { ContainerOptions } from './container/index.ts'
 import type { EgressOptions } from './egress.ts'
-import { createIsolateRunner, probeIsolate } from './isolate/index.ts'
 import type { Probe, Runner } from './runner.ts'
 import { announceUnavailable, runWorker } from './worker.ts'
 
+const list = z
+  .string()
+  .default('')
+  .transform((text) =>
+    text
+      .split(',')
+      .map((entry) => entry.trim())
+      .filter(Boolean),
+  )
+const absolute = z.string().transform((path) => resolve(path))
+const slots = z.coerce.number().int().min(1).max(10_000)
+
 const RunnerConfig = CommonConfig.extend({
-  /** Workloads held at once. */
-  slots: z.coerce.number().int().min(1).max(10_000).default(64),
+  dataDir: CommonConfig.shape.dataDir.pipe(absolute),
+  cacheDir: CommonConfig.shape.cacheDir.pipe(absolute),
+  /** Workloads that an isolate runner holds at once. */
+  slots: slots.default(64),
+  /** The same of a container runner, whose sandboxes cost more. */
+  containerSlots: slots.default(() => Math.max(4, 2 * availableParallelism())),
   /** `host:port`s with private addresses that code may reach where its policy names them; separated by commas. */
-  egressAllowPrivate: z
-    .string()
-    .default('')
-    .transform((text) =>
-      text
-        .split(',')
-        .map((entry) => entry.trim())
-        .filter(Boolean),
-    )
-    .pipe(z.array(z.string().regex(/^\S+:\d{1,5}$/, 'must be host:port, separated by commas'))),
+  egressAllowPrivate: list.pipe(
+    z.array(z.string().regex(/^\S+:\d{1,5}$/, 'must be host:port, separated by commas')),
+  ),
+  /** Docker Engine API: a `unix:` or `tcp:` URL. */
+  dockerHost: z.string().optional(),
+  /** `host` or `host:port` of registries that may be asked without TLS, besides those of loopback. */
+  insecureRegistries: list,
+  /** Absolute folders below which `oci:` references may point. */
+  imageDirectories: list.pipe(
+    z.array(z.string().startsWith('/', 'must be absolute paths, separated by commas')),
+  ),
+  /** Credentials of registries, as Docker’s config.json has them. */
+  registryAuthFile: absolute.optional(),
+  /** What fetched and unpacked images may take on disk, MiB. */
+  imageCacheMb: z.coerce.number().int().min(64).default(20_480),
   /** A workload’s attempt publishes at most this many log lines and bytes. */
   logLines: z.coerce.number().int().positive().default(10_000),
   logBytes: z.coerce
@@ -38,17 +61,34 @@ const RunnerConfig = CommonConfig.extend({
     .default(5 * 1_048_576),
 })
 
+type RunnerConfig = z.infer<typeof RunnerConfig>
+
 interface Offer {
-  probe(): Promise<Probe>
-  create(options: { slots: number; egress: EgressOptions }): Promise<Runner>
+  probe(config: RunnerConfig): Promise<Probe>
+  create(config: RunnerConfig): Promise<Runner>
+  slots(config: RunnerConfig): number
 }
+
+// Loaded for the isolation that is run: neither drags the other’s libraries in.
+const isolates = () => import('./isolate/index.ts')
+const containers = () => import('./container/index.ts')
+
+const container = (kind: 'gvisor' | 'docker'): Offer => ({
+  probe: async (config) => (await containers()).probeContainer(kind, containerOptions(config)),
+  create: async (config) => (await containers()).createContainerRunner(kind, containerOptions(config)),
+  slots: (config) => config.containerSlots,
+})
 
 /** The isolations this version can run. */
 const offers: Partial<Record<Isolation, Offer>> = {
   isolate: {
-    probe: () => probeIsolate(),
-    create: ({ slots, egress }) => createIsolateRunner({ max: slots, egress }),
+    probe: async () => (await isolates()).probeIsolate(),
+    create: async (config) =>
+      (await isolates()).createIsolateRunner({ max: config.slots, egress: egressOptions(config) }),
+    slots: (config) => config.slots,
   },
+  gvisor: container('gvisor'),
+  docker: container('docker'),
 }
 
 const isolation = Isolation.safeParse(process.argv[2])
@@ -62,9 +102,15 @@ const config = readConfig(
   RunnerConfig,
   {
     slots: 'VULCAN_SLOTS',
+    containerSlots: 'VULCAN_CONTAINER_SLOTS',
     logLines: 'VULCAN_LOG_LINES',
     logBytes: 'VULCAN_LOG_BYTES',
     egressAllowPrivate: 'VULCAN_EGRESS_ALLOW_PRIVATE',
+    dockerHost: 'DOCKER_HOST',
+    insecureRegistries: 'VULCAN_INSECURE_REGISTRIES',
+    imageDirectories: 'VULCAN_IMAGE_DIRECTORIES',
+    registryAuthFile: 'VULCAN_REGISTRY_AUTH_FILE',
+    imageCacheMb: 'VULCAN_IMAGE_CACHE_MB',
   },
   process.env,
 )
@@ -72,8 +118,12 @@ const runnerId = newProcessId(isolation.data)
 const log = makeLogger('vulcan-runner', config.logLevel).child({ runner: runnerId })
 const stop = stopSignal()
 const { replicas, ackWaitMs } = config.topology
+const slotCount = offer.slots(config)
 
-const probing = offer.probe()
+const probing = offer.probe(config).catch((error: Error): Probe => {
+  log.error({ err: error }, 'the host could not be tried out')
+  return { available: false, reason: error.message, fix: 'see the log of the runner' }
+})
 await using bus = await Bus.connect({ url: config.natsUrl, name: runnerId }, stop)
 const probe = await probing
 if (!probe.available) {
@@ -87,7 +137,7 @@ if (!probe.available) {
       for (const store of [secrets, registry, meters]) store.close()
     },
   }
-  await using runner = await offer.create({ slots: config.slots, egress: egressOptions() })
+  await using runner = await offer.create(config)
   await runWorker(
     {
       bus,
@@ -98,7 +148,7 @@ if (!probe.available) {
       meters,
       runner,
       runnerId,
-      slots: config.slots,
+      slots: slotCount,
       ackWaitMs,
       replicas,
       logLimits: { lines: config.logLines, bytes: config.logBytes },
@@ -126,10 +176,25 @@ async function openStores(box: SecretBox) {
 }
 
 /** The broker is never to be reached by user code, wherever it is; all addresses of this host are out of reach anyway. */
-function egressOptions(): EgressOptions {
+function egressOptions(config: RunnerConfig): EgressOptions {
   const servers = config.natsUrl.split(',').map((server) => {
     const { hostname, port } = new URL(server.includes('://') ? server.trim() : `nats://${server.trim()}`)
     return `${hostname}:${port === '' ? 4222 : port}`
   })
   return { allowPrivate: config.egressAllowPrivate, platform: servers }
+}
+
+function containerOptions(config: RunnerConfig): ContainerOptions {
+  const { containerSlots, dataDir, cacheDir, insecureRegistries, imageDirectories, imageCacheMb } = config
+  return {
+    slots: containerSlots,
+    dataDir,
+    cacheDir,
+    egress: egressOptions(config),
+    insecureRegistries,
+    imageDirectories,
+    diskBudgetMb: imageCacheMb,
+    ...(config.dockerHost === undefined ? {} : { dockerHost: config.dockerHost }),
+    ...(config.registryAuthFile === undefined ? {} : { registryAuthFile: config.registryAuthFile }),
+  }
 }

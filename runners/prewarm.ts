@@ -1,11 +1,17 @@
 /** Keeps sandboxes ready for the functions that ask for it, with the versions that a call without a ref means. */
-import { currentVersions, type FunctionRecord, type FunctionVersion } from '../shared/functions.ts'
+import {
+  currentVersions,
+  type FunctionRecord,
+  type FunctionVersion,
+  invocationSpec,
+} from '../shared/functions.ts'
 import type { Logger } from '../shared/process.ts'
+import type { Secrets } from '../shared/secrets.ts'
 import type { Isolation } from '../shared/workload.ts'
-import type { Bundles } from './bundles.ts'
-import type { Runner } from './runner.ts'
+import type { Program, Runner } from './runner.ts'
+import { programOf, type Stores } from './source.ts'
 
-/** Milliseconds until code that could not be fetched is asked for again. */
+/** Milliseconds until what could not be fetched is asked for again. */
 const againMs = 5_000
 
 /** The part of the registry that is followed. */
@@ -18,18 +24,22 @@ export interface FunctionSource {
 export interface PrewarmOptions {
   isolation: Isolation
   functions: FunctionSource
-  bundles: Bundles
+  stores: Stores
+  /** Of images that are in a registry with users. */
+  secrets: Pick<Secrets, 'values'>
   runner: Pick<Runner, 'prewarm'>
   log: Logger
 }
 
-type Warm = Parameters<Runner['prewarm']>[0]
+/** Two versions of the same key run the same. */
+const keyOf = ({ runtime, bundle, source, spec }: FunctionVersion): string =>
+  JSON.stringify([runtime, bundle?.blob ?? source?.blob ?? spec.image, spec.entrypoint])
 
 /** Follows the registry until it is disposed of. */
 export function startPrewarm(options: PrewarmOptions): Disposable {
-  const { functions, bundles, runner, isolation, log } = options
-  /** By digest of the code. Two functions with the same code share what is warm: the larger count holds. */
-  const warm = new Map<string, { job: Warm; count: number }>()
+  const { functions, stores, secrets, runner, isolation, log } = options
+  /** By what is run. Two functions with the same code share what is warm: the larger count holds. */
+  const warm = new Map<string, { program: Program; count: number }>()
   let again: NodeJS.Timeout | undefined
   let due: NodeJS.Immediate | undefined
   let looking = false
@@ -43,41 +53,41 @@ export function startPrewarm(options: PrewarmOptions): Disposable {
       for (const id of currentVersions(record)) {
         const version = functions.version(record.name, id)
         const count = version?.spec.prewarm ?? 0
-        if (version === undefined || version.bundle === null || version.isolation !== isolation) continue
-        const digest = version.bundle.blob
-        if (count > (found.get(digest)?.count ?? 0)) found.set(digest, { version, count })
+        if (version === undefined || version.isolation !== isolation) continue
+        const key = keyOf(version)
+        if (count > (found.get(key)?.count ?? 0)) found.set(key, { version, count })
       }
     return found
   }
 
   async function look(): Promise<void> {
     const goal = wanted()
-    for (const [digest, { job }] of warm) {
-      if (goal.has(digest)) continue
-      warm.delete(digest)
-      runner.prewarm(job, 0)
+    for (const [key, { program }] of warm) {
+      if (goal.has(key)) continue
+      warm.delete(key)
+      runner.prewarm(program, 0)
     }
-    for (const [digest, { version, count }] of goal) {
-      const known = warm.get(digest)
-      if (known?.count === count && sameLimits(known.job, version)) continue
+    for (const [key, { version, count }] of goal) {
+      const known = warm.get(key)
+      if (known?.count === count && sameLimits(known.program, version)) continue
       try {
-        const code = await bundles.get(version.bundle!.blob)
+        const program = await programOfVersion(version)
         if (stopped) return
-        const job: Warm = {
-          // A bundle holds no types any more.
-          runtime: version.runtime === 'typescript' ? 'javascript' : version.runtime,
-          code,
-          codeSha256: version.bundle!.blob.slice('sha256:'.length),
-          limits: version.spec.limits,
-        }
-        warm.set(digest, { job, count })
-        runner.prewarm(job, count)
+        warm.set(key, { program, count })
+        runner.prewarm(program, count)
       } catch (error) {
         log.warn({ function: version.name, version: version.version, err: error }, 'cannot be kept warm yet')
         clearTimeout(again)
         again = setTimeout(changed, againMs)
       }
     }
+  }
+
+  function programOfVersion(version: FunctionVersion): Promise<Program> {
+    const spec = invocationSpec(version)
+    const { image_auth: auth } = spec
+    const registryUser = auth === undefined ? undefined : secrets.values([auth])[auth]
+    return programOf(stores, { ...spec, bundle: version.bundle, registryUser })
   }
 
   /** All that changes in one turn of the event loop is looked at once. */
@@ -110,5 +120,5 @@ export function startPrewarm(options: PrewarmOptions): Disposable {
   }
 }
 
-const sameLimits = (job: Warm, version: FunctionVersion): boolean =>
-  JSON.stringify(job.limits) === JSON.stringify(version.spec.limits)
+const sameLimits = (program: Program, version: FunctionVersion): boolean =>
+  JSON.stringify(program.limits) === JSON.stringify(version.spec.limits)

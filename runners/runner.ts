@@ -5,6 +5,7 @@
 import type { Capabilities } from '../shared/backends.ts'
 import type {
   Cause,
+  Digest,
   Egress,
   FunctionRef,
   HeaderList,
@@ -12,6 +13,7 @@ import type {
   Limits,
   LogLine,
   Runtime,
+  Start,
   Usage,
   WorkloadError,
 } from '../shared/workload.ts'
@@ -47,22 +49,47 @@ export interface HttpResponse {
   headers: HeaderList
 }
 
+/** A user of a registry, as the secret that a spec names in `image_auth` has it. */
+export interface RegistryAuth {
+  username: string
+  password: string
+}
+
+/** What is run. `sha256` is hex, of the text or of the archive’s bytes: what warm reuse is keyed by. */
+export type Source =
+  /** One module, or one file of the runtime’s language. */
+  | { kind: 'code'; text: string; sha256: string }
+  /** The files of a tar archive, plain or gzipped, or of a zip. */
+  | { kind: 'archive'; sha256: string; open(): Promise<ByteSource> }
+  /** An image in a registry, by tag or digest. */
+  | { kind: 'image'; reference: string; auth?: RegistryAuth | undefined }
+  /** An OCI or docker-save archive. */
+  | { kind: 'image-archive'; sha256: string; open(): Promise<ByteSource> }
+
+/** What a sandbox can be made ready for before there is a job. */
+export interface Program {
+  /** `oci`: what the image has, or, of code and archives, a root with a POSIX shell and coreutils. */
+  runtime: Runtime
+  source: Source
+  /** A file of the source (of code: the name it is given), a command, or undefined: what the runtime takes by itself. */
+  entrypoint: string | string[] | undefined
+  limits: Limits
+}
+
 /** One attempt at a workload, parsed, with its payload fetched. */
-export interface Job {
+export interface Job extends Program {
   id: string
   /** 1 for the first. */
   attempt: number
-  runtime: Runtime
-  code: string
-  /** Hex sha256 of `code`: what warm reuse is keyed by. */
-  codeSha256: string
   /** JSON text; `undefined` where the client sent none, or where `http` is set. */
   input: string | undefined
   /** Set where the code is called by HTTP, as `export default { fetch }` is. */
   http: HttpRequest | undefined
   /** With the values of its secrets. */
   env: Record<string, string>
-  limits: Limits
+  /** Of containers: overrides those of the image. */
+  workingDir: string | undefined
+  user: string | undefined
   egress: Egress
   /** Of a deployed function: what warm sandboxes are counted and prewarmed by. */
   function: FunctionRef | undefined
@@ -72,7 +99,9 @@ export interface Job {
 
 interface Ran {
   usage: Usage
-  start: 'cold' | 'warm'
+  start: Start
+  /** Of the image that really ran, where one did. */
+  imageDigest?: Digest
 }
 export interface Completed extends Ran {
   status: 'completed'
@@ -133,7 +162,7 @@ export interface Runner extends AsyncDisposable {
    */
   prepare(job: Job): Prepared
   /** Keeps so many sandboxes ready with this code; 0 lets them go when they are wanted elsewhere. */
-  prewarm(job: Pick<Job, 'runtime' | 'code' | 'codeSha256' | 'limits'>, count: number): void
+  prewarm(program: Program, count: number): void
   /** Process ids of the sandboxes now alive, for fault injection and for counting orphans. */
   pids(): number[]
 }

@@ -120,7 +120,8 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   using _prewarm = startPrewarm({
     isolation: runner.isolation,
     functions: options.registry,
-    bundles,
+    stores: { blobs, bundles },
+    secrets: options.secrets,
     runner,
     log,
   })

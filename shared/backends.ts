@@ -9,6 +9,12 @@ export const lostAfterMs = 15_000
 /** What an isolation’s runners can do is known for this long (ms) after they last said it. */
 export const knownForMs = 15 * 60_000
 
+/** Whether a limit holds on this host, as found by exceeding it. */
+export const LimitReport = z
+  .partialRecord(z.enum(['memory', 'cpu', 'pids', 'file_size', 'disk']), z.enum(['enforced', 'not enforced']))
+  .meta({ id: 'LimitReport' })
+export type LimitReport = z.infer<typeof LimitReport>
+
 export const Capabilities = z
   .object({
     runtimes: z.array(Runtime),
@@ -19,6 +25,8 @@ export const Capabilities = z
     missing: z.array(z.object({ wall: z.string(), fix: z.string() })),
     /** Version of the engine, such as V8’s. */
     version: z.string(),
+    /** Absent where limits are kept by the engine itself. */
+    limits: LimitReport.optional(),
   })
   .meta({ id: 'Capabilities' })
 export type Capabilities = z.infer<typeof Capabilities>

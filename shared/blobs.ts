@@ -150,23 +150,54 @@ export class Blobs {
   async removeStale(digest: Digest, before: number): Promise<boolean> {
     const info = await this.#info(digest)
     if (info === null || info.deleted || Date.parse(info.mtime) >= before) return false
-    const { revision, nuid } = info
-    const mark = { ...info, revision: undefined, deleted: true, size: 0, chunks: 0, digest: '' }
+    if (!(await this.#restate(info, { deleted: true, size: 0, chunks: 0, digest: '' }))) return false
+    await this.#bus.jsm.streams.purge(`OBJ_${BLOBS}`, { filter: `$O.${BLOBS}.C.${info.nuid}` })
+    return true
+  }
+
+  /**
+   * Renews the age of a stored blob, so that the sweep keeps off, and says its size; undefined when there is none.
+   * Throws `BusUnavailable` where trying again can help.
+   */
+  async renew(digest: Digest): Promise<BlobRef | undefined> {
+    for (;;) {
+      const info = await this.#info(digest)
+      if (info === null || info.deleted) return undefined
+      if (isFresh(info) || (await this.#restate(info, { mtime: new Date().toISOString() })))
+        return { blob: digest, size: info.size }
+    }
+  }
+
+  /** Changes what stands of an object upon the revision that was read; says whether nobody came before. */
+  async #restate(info: ObjectInfo, over: Partial<ObjectInfo>): Promise<boolean> {
     // The object store’s own format: https://github.com/nats-io/nats-architecture-and-design, ADR-20.
-    const name = Buffer.from(digest).toString('base64').replaceAll('+', '-').replaceAll('/', '_')
+    const { name, description, options, metadata, bucket, nuid, size, chunks, digest, mtime, deleted } = info
+    const before = {
+      name,
+      description,
+      options,
+      metadata,
+      bucket,
+      nuid,
+      size,
+      chunks,
+      digest,
+      mtime,
+      deleted,
+    }
+    const key = Buffer.from(name).toString('base64').replaceAll('+', '-').replaceAll('/', '_')
     const rollup = headers()
     rollup.set('Nats-Rollup', 'sub')
     try {
-      await this.#bus.js.publish(`$O.${BLOBS}.M.${name}`, JSON.stringify(mark), {
+      await this.#bus.js.publish(`$O.${BLOBS}.M.${key}`, JSON.stringify({ ...before, ...over }), {
         headers: rollup,
-        expect: { lastSubjectSequence: revision },
+        expect: { lastSubjectSequence: info.revision },
       })
-    } catch (error) {
-      if (error instanceof JetStreamApiError && error.code === 10071) return false
-      throw error
+      return true
+    } catch (cause) {
+      if (cause instanceof JetStreamApiError && cause.code === 10071) return false
+      throw new BusUnavailable('what stands of a blob could not be changed', { cause })
     }
-    await this.#bus.jsm.streams.purge(`OBJ_${BLOBS}`, { filter: `$O.${BLOBS}.C.${nuid}` })
-    return true
   }
 
   async #info(digest: Digest): Promise<ObjectInfo | null> {

@@ -10,6 +10,7 @@ import {
   FunctionRef,
   HeaderList,
   Isolation,
+  isAddedLater,
   LogLine,
   Receipt,
   SpecFields,
@@ -19,7 +20,7 @@ import {
 
 /**
  * A schema of the HTTP contract as an event carries it: objects are open at every depth, so that fields may be added
- * later, and nothing has a default, as whoever publishes has filled it in.
+ * later, and nothing has a default, as whoever publishes has filled it in, but for what was added later.
  */
 function open<S extends z.ZodType>(schema: S): z.ZodType<z.output<S>> {
   const opened = openAny(schema)
@@ -27,6 +28,7 @@ function open<S extends z.ZodType>(schema: S): z.ZodType<z.output<S>> {
 }
 
 function openAny(schema: z.core.$ZodType): z.core.$ZodType {
+  if (isAddedLater(schema)) return schema
   if (schema instanceof z.ZodDefault || schema instanceof z.ZodPrefault) return openAny(schema.unwrap())
   if (schema instanceof z.ZodObject) {
     const fields = Object.entries<z.core.$ZodType>(schema.shape).map(([name, field]) => [

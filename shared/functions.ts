@@ -4,7 +4,16 @@
  */
 import { z } from 'zod'
 import { Problem } from './errors.ts'
-import { BlobRef, Digest, FunctionName, Isolation, Runtime, SpecFields, VersionId } from './workload.ts'
+import {
+  BlobRef,
+  Digest,
+  FunctionName,
+  Isolation,
+  Runtime,
+  SpecFields,
+  VersionId,
+  type WorkloadSpec,
+} from './workload.ts'
 
 /** `latest` always stands for the newest version and cannot be set. */
 export const AliasName = z
@@ -80,7 +89,7 @@ export const FunctionVersion = z
     isolation: Isolation,
     routing_reason: z.string(),
     runtime: Runtime,
-    /** One ES module; null for images and archives that are not bundled. */
+    /** The text that runs: one built ES module with its source map, or one file as it was put; null for images and archives. */
     bundle: BlobRef.extend({ map: Digest.nullable() }).nullable(),
     /** What was deployed, as a tar archive or single file. */
     source: BlobRef.nullable(),
@@ -90,6 +99,13 @@ export const FunctionVersion = z
   })
   .meta({ id: 'FunctionVersion' })
 export type FunctionVersion = z.infer<typeof FunctionVersion>
+
+/** A version’s spec as its workloads carry it, without what limits the function as a whole. */
+export function invocationSpec({ spec, runtime, bundle, source }: FunctionVersion): WorkloadSpec {
+  const { concurrency: _, rate: __, queue_limit: ___, prewarm: ____, ...rest } = spec
+  const unbundled = bundle === null && rest.image === undefined && source !== null
+  return { ...rest, runtime, ...(unbundled ? { archive: { blob: source.blob } } : {}) }
+}
 
 /** What an alias stands for: one version, or several by weight (whole numbers over 0, in any scale). */
 export const AliasTarget = z

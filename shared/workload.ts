@@ -58,6 +58,14 @@ export type Digest = z.infer<typeof Digest>
 export const BlobRef = z.strictObject({ blob: Digest, size: z.int().nonnegative() })
 export type BlobRef = z.infer<typeof BlobRef>
 
+const later = new WeakSet<z.core.$ZodType>()
+/** A field that events of an older version do not have: whoever reads one fills in the default. */
+function addedLater<S extends z.ZodDefault>(field: S): S {
+  later.add(field)
+  return field
+}
+export const isAddedLater = (field: z.core.$ZodType): boolean => later.has(field)
+
 export const Limits = z
   .strictObject({
     timeout_s: z.number().positive().max(86_400).default(30),
@@ -65,8 +73,13 @@ export const Limits = z
     cpu: z.number().positive().max(64).default(1),
     pids: z.int().min(1).max(32_768).default(64),
     output_mb: z.number().positive().max(64).default(6),
+    disk_mb: addedLater(z.int().min(1).max(65_536).default(64)),
   })
-  .meta({ id: 'Limits', description: 'timeout in seconds, memory and output in MiB, cpu in cores' })
+  .meta({
+    id: 'Limits',
+    description:
+      'timeout in seconds, memory, output and disk (scratch space under /tmp) in MiB, cpu in cores',
+  })
 export type Limits = z.infer<typeof Limits>
 
 export const Retry = z
@@ -130,8 +143,24 @@ export const SpecFields = z.strictObject({
   code: z.string().min(1).optional(),
   archive: z.strictObject({ blob: Digest }).optional(),
   image: z.union([z.string().min(1).max(512), z.strictObject({ blob: Digest })]).optional(),
+  /** Name of the secret with `user:password` for the registry that `image` names. */
+  image_auth: EnvName.optional(),
   entrypoint: z
     .union([z.string().min(1).max(1024), z.array(z.string().max(32_768)).min(1).max(256)])
+    .optional(),
+  /** Of containers and microVMs: absolute; the image’s own, or the root of the archive, where it is left out. */
+  working_dir: z
+    .string()
+    .max(1_024)
+    .regex(/^\/[^\0]*$/, 'must be an absolute path')
+    .optional(),
+  /** Of containers: `uid`, `uid:gid`, or names that the image knows; the image’s own where it is left out. */
+  user: z
+    .string()
+    .regex(
+      /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?$/,
+      'must be a user or user:group',
+    )
     .optional(),
   input: z.unknown().optional(),
   env: z.record(EnvName, z.string().max(32_768)).default({}),
@@ -159,6 +188,30 @@ export const WorkloadSpec = SpecFields.superRefine((spec, ctx) => {
 }).meta({ id: 'WorkloadSpec' })
 export type WorkloadSpec = z.infer<typeof WorkloadSpec>
 
+const byEnding: [ending: RegExp, runtime: Runtime][] = [
+  [/\.([cm]?ts|tsx)$/, 'typescript'],
+  [/\.([cm]?js|jsx)$/, 'javascript'],
+  [/\.py$/, 'python'],
+  [/\.go$/, 'go'],
+]
+
+/** What runs a file, by its name; undefined: nothing that is known. */
+export const runtimeOfFile = (path: string): Runtime | undefined =>
+  byEnding.find(([ending]) => ending.test(path))?.[1]
+
+/** The runtime that a spec names or means; undefined: an archive of which nothing says it. */
+export function runtimeOf({
+  runtime,
+  code,
+  image,
+  entrypoint,
+}: Pick<WorkloadSpec, 'runtime' | 'code' | 'image' | 'entrypoint'>): Runtime | undefined {
+  if (runtime !== undefined) return runtime
+  if (image !== undefined || Array.isArray(entrypoint)) return 'oci'
+  const named = entrypoint === undefined ? undefined : runtimeOfFile(entrypoint)
+  return named ?? (code === undefined ? undefined : 'javascript')
+}
+
 export const WorkloadError = z
   .strictObject({ message: z.string(), stack: z.string().nullable() })
   .meta({ id: 'WorkloadError' })
@@ -168,14 +221,20 @@ export type WorkloadError = z.infer<typeof WorkloadError>
 export const Usage = z.strictObject({ cpu_ms: z.number().nullable(), memory_peak_mb: z.number().nullable() })
 export type Usage = z.infer<typeof Usage>
 
+/** How a sandbox came to a run: made for it, made ready before with nothing of the user’s in it, or used before by the same code. */
+export const Start = z.enum(['cold', 'pooled', 'warm'])
+export type Start = z.infer<typeof Start>
+
 /** What really ran: the digest of the code, on which runner, within which limits, how it was started. */
 export const Receipt = z
   .strictObject({
     code_sha256: z.string().nullable(),
+    /** Of the container image that ran, its manifest’s. */
+    image_digest: addedLater(Digest.nullable().default(null)),
     runner: z.string(),
     isolation: Isolation,
     walls: z.array(z.string()),
-    start: z.enum(['cold', 'warm']),
+    start: Start,
     limits: Limits,
     usage: Usage,
   })

@@ -2,6 +2,8 @@
  * Projects as tar and zip. Whatever an archive says, what comes out is a map of relative paths to bytes within
  * limits: no links, no devices, nothing outside.
  */
+import { open, readdir } from 'node:fs/promises'
+import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { gunzip } from 'node:zlib'
 import { Header, Parser, Pax, type ReadEntry } from 'tar'
@@ -12,6 +14,24 @@ import { FilePath } from '../../shared/functions.ts'
 /** Path → bytes. */
 export type Files = Map<string, Uint8Array>
 
+/** What came out of an archive, or was put as text. */
+export interface Project {
+  files: Files
+  /** Paths of the files that were marked as programs. */
+  executable: Set<string>
+  /** Links that were left out. */
+  links: string[]
+  /** A folder around everything was left out. */
+  unwrapped: boolean
+}
+
+export const projectOf = (files: Files): Project => ({
+  files,
+  executable: new Set(),
+  links: [],
+  unwrapped: false,
+})
+
 export interface ArchiveLimits {
   files: number
   /** Of all files together, unpacked. */
@@ -20,6 +40,8 @@ export interface ArchiveLimits {
 
 export const archiveLimits: ArchiveLimits = { files: 20_000, bytes: 256 * 1_048_576 }
 
+/** Bytes of an installed file that are read at once. */
+const chunkBytes = 256 * 1024
 /** Longest name of a file or folder in Linux (bytes). */
 const nameBytes = 255
 /** Bytes of headers and padding in a tar, besides what its files hold. */
@@ -41,8 +63,21 @@ export function archiveKind(bytes: Uint8Array): ArchiveKind | undefined {
   return undefined
 }
 
-/** Throws `invalid_archive` with what is wrong and where. */
+/** Throws `invalid_archive` with what is wrong and where: a link, for one. */
 export async function unpack(bytes: Uint8Array, limits = archiveLimits): Promise<Files> {
+  const project = await unpackProject(bytes, limits)
+  refuseLinks(project)
+  return project.files
+}
+
+/** Throws `invalid_archive` where something was left out that a program could miss. */
+export function refuseLinks({ links: [link] }: Project): void {
+  if (link !== undefined)
+    throw refuse(`${link} is a link; pack files only (with npm: no \`npm link\`, no workspaces)`)
+}
+
+/** The same, with links told rather than refused. */
+export async function unpackProject(bytes: Uint8Array, limits = archiveLimits): Promise<Project> {
   const kind = archiveKind(bytes)
   const files = new Collected(limits)
   if (kind === 'zip') await readZip(bytes, files)
@@ -65,6 +100,8 @@ async function inflate(bytes: Uint8Array, limit: number): Promise<Buffer> {
 /** What has come out of an archive so far. */
 class Collected {
   readonly #files: Files = new Map()
+  readonly #executable = new Set<string>()
+  readonly #links: string[] = []
   readonly #limits: ArchiveLimits
   #count = 0
   #bytes = 0
@@ -85,18 +122,19 @@ class Collected {
   /** Programs of packages are linked; nothing here runs them. */
   link(name: string): void {
     if (++this.#count > this.#limits.files) throw refuse(`it has more than ${this.#limits.files} files`)
-    if (/(^|\/)node_modules\/\.bin\/[^/]+$/.test(checkedPath(name))) return
-    throw refuse(`${name} is a link; pack files only (with npm: no \`npm link\`, no workspaces)`)
+    if (!/(^|\/)node_modules\/\.bin\/[^/]+$/.test(checkedPath(name))) this.#links.push(name)
   }
 
-  put(path: string, bytes: Uint8Array): void {
+  put(path: string, bytes: Uint8Array, mode: number): void {
     this.#files.set(path, bytes)
+    if ((mode & 0o111) === 0) this.#executable.delete(path)
+    else this.#executable.add(path)
   }
 
-  done(): Files {
-    if (this.#files.size === 0) throw refuse('there is no file in it')
+  done(): Project {
+    if (this.#files.size === 0 && this.#links.length === 0) throw refuse('there is no file in it')
     checkFolders(this.#files)
-    return this.#files
+    return { files: this.#files, executable: this.#executable, links: this.#links, unwrapped: false }
   }
 }
 
@@ -148,7 +186,7 @@ function readTar(bytes: Uint8Array, files: Collected): Promise<void> {
       if (path === undefined) return
       const parts: Buffer[] = []
       entry.on('data', (part: Buffer) => parts.push(part))
-      entry.on('end', () => files.put(path, Buffer.concat(parts)))
+      entry.on('end', () => files.put(path, Buffer.concat(parts), entry.mode ?? 0))
     }
     parser.on('end', () => (failure === undefined ? resolve() : reject(failure)))
     parser.on('error', (error: Error) =>
@@ -183,12 +221,12 @@ async function readZip(bytes: Uint8Array, files: Collected): Promise<void> {
     )
   const take = async (entry: Entry) => {
     if (entry.fileName.endsWith('/')) return
-    const type = (entry.externalFileAttributes >>> 16) & typeMask
-    if (type === symlink) return files.link(entry.fileName)
+    const mode = entry.externalFileAttributes >>> 16
+    if ((mode & typeMask) === symlink) return files.link(entry.fileName)
     if ((entry.generalPurposeBitFlag & 1) === 1) throw refuse(`${entry.fileName} is encrypted`)
     // The stream fails where it brings more than the entry says.
     const path = files.admit(entry.fileName, entry.uncompressedSize)
-    if (path !== undefined) files.put(path, await read(entry))
+    if (path !== undefined) files.put(path, await read(entry), mode)
   }
   await new Promise<void>((resolve, reject) => {
     const fail = (error: unknown) => {
@@ -202,30 +240,81 @@ async function readZip(bytes: Uint8Array, files: Collected): Promise<void> {
   })
 }
 
-const projectFile = /^(package\.json|vulcan\.json|(src\/)?(index|main)\.[cm]?[jt]sx?)$/
+const projectFile =
+  /^(package\.json|vulcan\.json|requirements\.txt|go\.mod|(src\/)?(index|main)\.([cm]?[jt]sx?|py|go))$/
 
 /** An archive of a folder, rather than of what is in it, means the same. */
-function withoutFolder(files: Files): Files {
-  const [first] = files.keys()
-  const folder = first!.slice(0, first!.indexOf('/') + 1)
-  if (folder === '' || folder === 'src/' || folder === 'node_modules/') return files
+function withoutFolder(project: Project): Project {
+  const { files, executable, links } = project
   const paths = [...files.keys()]
-  if (!paths.every((path) => path.startsWith(folder))) return files
-  if (!paths.some((path) => projectFile.test(path.slice(folder.length)))) return files
-  return new Map([...files].map(([path, bytes]) => [path.slice(folder.length), bytes]))
+  const [first = ''] = paths
+  const folder = first.slice(0, first.indexOf('/') + 1)
+  if (folder === '' || folder === 'src/' || folder === 'node_modules/' || folder === 'vendor/') return project
+  if (!paths.every((path) => path.startsWith(folder))) return project
+  if (!paths.some((path) => projectFile.test(path.slice(folder.length)))) return project
+  const without = (path: string) => path.slice(folder.length)
+  return {
+    files: new Map([...files].map(([path, bytes]) => [without(path), bytes])),
+    executable: new Set([...executable].map(without)),
+    links,
+    unwrapped: true,
+  }
 }
 
-/** The same files always give the same bytes: sorted, without times, owners or modes. */
-export function packed(files: Files): Buffer {
-  const parts: Uint8Array[] = []
-  const block = 512
-  for (const [path, bytes] of [...files].sort(([a], [b]) => (a < b ? -1 : 1))) {
-    const fields = { path, size: bytes.byteLength, mode: 0o644, uid: 0, gid: 0, mtime: new Date(0) }
-    const header = new Header({ ...fields, type: 'File' })
-    const head = Buffer.alloc(block)
-    if (header.encode(head, 0)) parts.push(new Pax({ path, size: bytes.byteLength }).encode())
-    parts.push(head, bytes, Buffer.alloc((block - (bytes.byteLength % block)) % block))
+const block = 512
+
+/** Head of a file in a tar, without times and owners. */
+function head(path: string, size: number, executable: boolean): Buffer {
+  const mode = executable ? 0o755 : 0o644
+  const header = new Header({ path, size, mode, uid: 0, gid: 0, mtime: new Date(0), type: 'File' })
+  const bytes = Buffer.alloc(block)
+  const needsPax = header.encode(bytes, 0)
+  return needsPax ? Buffer.concat([new Pax({ path, size }).encode(), bytes]) : bytes
+}
+
+const padding = (size: number) => Buffer.alloc((block - (size % block)) % block)
+const inOrder = ([a]: readonly [string, unknown], [b]: readonly [string, unknown]) => (a < b ? -1 : 1)
+
+function* packedFiles(files: Files, executable: ReadonlySet<string>): Generator<Uint8Array> {
+  for (const [path, bytes] of [...files].sort(inOrder)) {
+    yield head(path, bytes.byteLength, executable.has(path))
+    yield bytes
+    yield padding(bytes.byteLength)
   }
-  parts.push(Buffer.alloc(2 * block))
-  return Buffer.concat(parts)
+}
+
+/** The same files always give the same bytes: sorted, without times, owners or modes but whether it is a program. */
+export const packed = (files: Files, executable: ReadonlySet<string> = new Set()): Buffer =>
+  Buffer.concat([...packedFiles(files, executable), Buffer.alloc(2 * block)])
+
+/** A folder of the host and where its files stand in an archive. */
+export interface Folder {
+  at: string
+  dir: string
+}
+
+/** A project with installed folders beside its files, piece by piece. Links and other things in the folders are left out. */
+export async function* packedWith(project: Project, folders: readonly Folder[]): AsyncGenerator<Uint8Array> {
+  yield* packedFiles(project.files, project.executable)
+  for (const { at, dir } of folders) yield* packedFolder(at, dir)
+  yield Buffer.alloc(2 * block)
+}
+
+async function* packedFolder(at: string, dir: string): AsyncGenerator<Uint8Array> {
+  const entries = await readdir(dir, { withFileTypes: true })
+  for (const entry of entries.sort((a, b) => (a.name < b.name ? -1 : 1))) {
+    const [path, from] = [`${at}/${entry.name}`, join(dir, entry.name)]
+    if (entry.isDirectory()) yield* packedFolder(path, from)
+    if (!entry.isFile()) continue
+    await using file = await open(from)
+    const { size, mode } = await file.stat()
+    yield head(path, size, (mode & 0o111) !== 0)
+    for (let done = 0; done < size; ) {
+      const { bytesRead, buffer } = await file.read(Buffer.alloc(Math.min(chunkBytes, size - done)))
+      if (bytesRead === 0) throw new Error(`${from} became shorter while it was packed`)
+      yield buffer.subarray(0, bytesRead)
+      done += bytesRead
+    }
+    yield padding(size)
+  }
 }

@@ -5,10 +5,12 @@ import { dirname, join } from 'node:path'
 import { z } from 'zod'
 import { Problem } from '../../shared/errors.ts'
 import { BuildWarning } from '../../shared/functions.ts'
-import type { Files } from './archive.ts'
+import type { Files, Folder } from './archive.ts'
 import { offeredBuiltins } from './builtins.ts'
 import { installOf } from './manifest.ts'
 import { installed } from './npm.ts'
+import { vendored } from './pip.ts'
+import { requirementsFile, requirementsOf, vendorFolder } from './requirements.ts'
 import { type Bind, inside, ours, runStep, type SandboxOptions } from './sandbox.ts'
 
 const bundleMs = 60_000
@@ -28,6 +30,12 @@ export interface BuilderOptions extends SandboxOptions {
   tempDir: string
   /** Of this process: npm is looked for in its PATH, and asked for registry, proxy and certificates. */
   env: NodeJS.ProcessEnv
+}
+
+/** What a project needs beside its own files to be run as it is. */
+export interface Dependencies {
+  folders: Folder[]
+  warnings: BuildWarning[]
 }
 
 export interface Built {
@@ -78,25 +86,37 @@ export class Builder {
    */
   async build(files: Files, entry: string, signal?: AbortSignal): Promise<Built> {
     const install = installOf(files)
-    const modules =
-      install === undefined
-        ? undefined
-        : await installed(install, { ...this.#options, dir: join(this.#options.cacheDir, 'npm') }, signal)
+    const modules = install && (await installed(install, this.#into('npm'), signal))
     const dir = await mkdtemp(join(this.#options.tempDir, folderName))
     try {
       await write(dir, files)
       if (modules !== undefined) await mkdir(join(dir, 'node_modules'), { recursive: true })
       const built = await this.#bundle(dir, modules, entry, signal)
-      const said = (install?.warnings ?? []).map((message) => ({
-        message,
-        file: 'package.json',
-        line: null,
-        column: null,
-      }))
-      return { ...built, warnings: [...said, ...built.warnings] }
+      return { ...built, warnings: [...saidOf('package.json', install), ...built.warnings] }
     } finally {
       await rm(dir, { recursive: true, force: true })
     }
+  }
+
+  /**
+   * The packages that a project for Node or Python names and does not have with it; to be called `inTurn`. Throws
+   * `build_failed`, and `build_unavailable` where this host cannot install them.
+   */
+  async dependencies(files: Files, language: 'node' | 'python', signal?: AbortSignal): Promise<Dependencies> {
+    if (language === 'node') {
+      const install = installOf(files)
+      if (install === undefined) return { folders: [], warnings: [] }
+      const dir = await installed(install, this.#into('npm'), signal)
+      return { folders: [{ at: 'node_modules', dir }], warnings: saidOf('package.json', install) }
+    }
+    const requirements = requirementsOf(files)
+    if (requirements === undefined) return { folders: [], warnings: [] }
+    const dir = await vendored(requirements, this.#into('pip'), signal)
+    return { folders: [{ at: vendorFolder, dir }], warnings: saidOf(requirementsFile, requirements) }
+  }
+
+  #into(kind: 'npm' | 'pip') {
+    return { ...this.#options, dir: join(this.#options.cacheDir, kind) }
   }
 
   async #bundle(
@@ -141,6 +161,9 @@ export class Builder {
     return { code: bytes, map: Buffer.from(answer.map), warnings: answer.warnings }
   }
 }
+
+const saidOf = (file: string, from: { warnings: string[] } | undefined): BuildWarning[] =>
+  (from?.warnings ?? []).map((message) => ({ message, file, line: null, column: null }))
 
 const place = (message: string): BuildWarning => ({ message, file: null, line: null, column: null })
 
@@ -207,7 +230,10 @@ function explained(error: BuildWarning): BuildWarning {
   if (path === undefined) return error
   if (isBuiltin(path)) {
     const offered = offeredBuiltins.map((name) => `node:${name}`).join(', ')
-    return { ...error, message: `${path} is not offered in an isolate; there are ${offered}` }
+    return {
+      ...error,
+      message: `${path} is not offered in an isolate; there are ${offered}. With runtime node a project is run as it is, in a container`,
+    }
   }
   const isPackage = !/^[./]/.test(path) && !path.includes(':')
   const hint = isPackage ? ': name it under dependencies in package.json, or put it in node_modules' : ''

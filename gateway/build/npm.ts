@@ -1,20 +1,13 @@
 /** Installs a project’s dependencies: npm in the sandbox, scripts off, from the registry alone. */
 import { execFile } from 'node:child_process'
-import { randomUUID } from 'node:crypto'
 import { existsSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, realpath, rename, rm, stat, utimes } from 'node:fs/promises'
+import { realpath } from 'node:fs/promises'
 import { delimiter, dirname, join } from 'node:path'
 import { promisify } from 'node:util'
 import { Problem } from '../../shared/errors.ts'
 import type { Install } from './manifest.ts'
 import { type Bind, inside, ours, runStep, type SandboxOptions, unavailable } from './sandbox.ts'
-
-const installMs = 120_000
-/** How long what was chosen without a lock is taken again (ms). */
-const unlockedMs = 10 * 60_000
-/** Installed trees kept, and for how long (ms) after they were last used. */
-const keptTrees = 40
-const keptMs = 7 * 24 * 3_600_000
+import { installMs, kept } from './trees.ts'
 
 /** The host’s npm and what it is configured with. */
 interface Npm {
@@ -94,47 +87,11 @@ export interface InstallOptions extends SandboxOptions {
   env: NodeJS.ProcessEnv
 }
 
-/**
- * The folder with the installed `node_modules`, to be used read-only. It is kept by the digest of all that went
- * into it, and made by npm from nothing else, so that no project finds another’s. Throws `build_failed`.
- */
-export async function installed(
-  install: Install,
-  options: InstallOptions,
-  signal?: AbortSignal,
-): Promise<string> {
-  const { dir } = options
-  await mkdir(dir, { recursive: true, mode: 0o700 })
-  const tree = join(dir, install.key)
-  const modules = join(tree, 'node_modules')
-  const made = await stat(modules).catch(() => undefined)
-  if (made !== undefined && (install.lock !== null || Date.now() - made.mtimeMs < unlockedMs)) {
-    // Says when it was last used.
-    await utimes(tree, new Date(), new Date()).catch(() => {})
-    return modules
-  }
-  const making = await mkdtemp(join(dir, '.making-'))
-  try {
-    await npmInstall(install, making, options, signal)
-    await mkdir(join(making, 'node_modules'), { recursive: true })
-    await utimes(join(making, 'node_modules'), new Date(), new Date())
-    if (made !== undefined) await putAside(tree)
-    // Somebody else may have made the same meanwhile.
-    await rename(making, tree).catch((error) => {
-      if (error.code !== 'ENOTEMPTY' && error.code !== 'EEXIST') throw error
-    })
-  } finally {
-    await rm(making, { recursive: true, force: true })
-  }
-  void prune(dir, install.key).catch(() => {})
-  return modules
-}
-
-/** Takes a tree out of sight; a build that uses it goes on with it, and a later `prune` removes it. */
-async function putAside(tree: string): Promise<void> {
-  const aside = join(dirname(tree), `.old-${randomUUID()}`)
-  await utimes(tree, new Date(), new Date()).catch(() => {})
-  await rename(tree, aside).catch(() => {})
+/** The folder with the installed `node_modules`, to be used read-only. Throws `build_failed`. */
+export function installed(install: Install, options: InstallOptions, signal?: AbortSignal): Promise<string> {
+  const { key, lock } = install
+  const make = (out: string) => npmInstall(install, out, options, signal)
+  return kept({ dir: options.dir, key, name: 'node_modules', locked: lock !== null }, make)
 }
 
 async function npmInstall(
@@ -208,24 +165,4 @@ function saidBy(stderr: string): string {
       line !== '' && !/^(A complete log|\/tmp\/|npm warn|node:|\(|Note that you|tarball, )/.test(line),
   )
   return [...new Set(told)].slice(0, 8).join('; ').slice(0, 2_000)
-}
-
-/** Removes trees that were not used for long, and the oldest above the number that is kept. */
-async function prune(dir: string, inUse: string): Promise<void> {
-  const names = (await readdir(dir)).filter((name) => name !== inUse)
-  const trees = await Promise.all(
-    names.map(async (name) => ({ name, at: (await stat(join(dir, name)).catch(() => undefined))?.mtimeMs })),
-  )
-  const now = Date.now()
-  const kept = trees
-    .filter(({ name }) => !name.startsWith('.'))
-    .sort((a, b) => (b.at ?? 0) - (a.at ?? 0))
-    .filter(({ at }, i) => i < keptTrees && now - (at ?? 0) < keptMs)
-  const stay = new Set(kept.map(({ name }) => name))
-  for (const { name, at } of trees) {
-    // Put aside, or left by a crash in the midst of an install.
-    if (name.startsWith('.')) {
-      if (now - (at ?? now) > 10 * installMs) await rm(join(dir, name), { recursive: true, force: true })
-    } else if (!stay.has(name)) await putAside(join(dir, name))
-  }
 }

@@ -51,6 +51,10 @@ test('a blob is removed when nothing refers to it twice in a row, and not before
   const output = await put('"output"')
   const free = await put('free')
   const coming = await put('coming')
+  const archive = await put('archive')
+  const image = await put('image')
+  await publish.accepted({}, { spec: { code: undefined, archive: { blob: archive.blob } } })
+  await publish.accepted({}, { spec: { code: undefined, image: { blob: image.blob } } })
   const holder = await publish.accepted({ payload })
   await publish.started(holder)
   await publish.ended(holder, 'completed', { output: null, output_blob: output })
@@ -68,7 +72,8 @@ test('a blob is removed when nothing refers to it twice in a row, and not before
   // Referred to by an event that is published between the sweeps, and folded by the next.
   await publish.accepted({ payload: coming })
   assert.is(await sweep(-1), 1)
-  assert.equal(await there(), [payload.blob, output.blob, coming.blob].sort())
+  const kept = [payload, output, coming, archive, image]
+  assert.equal(await there(), kept.map(({ blob }) => blob).sort())
   assert.is(await blobs.get(free.blob), undefined)
   assert.is(await blobs.removeStale(payload.blob, Date.now() - 60_000), false, 'put since then')
 
@@ -80,7 +85,7 @@ test('a blob is removed when nothing refers to it twice in a row, and not before
   await client.execute('DELETE FROM workloads')
   client.close()
   await sweep(-1)
-  assert.is(await sweep(-1), 4)
+  assert.is(await sweep(-1), 6)
   assert.equal(await there(), [])
   registry.close()
 })

@@ -1,7 +1,7 @@
 // timeout: 240
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { canonical } from '../../gateway/functions.ts'
+import { canonical } from '../../gateway/versions.ts'
 import { Blobs } from '../../shared/blobs.ts'
 import { FunctionSpec, resolve } from '../../shared/functions.ts'
 import { digestOf } from '../../shared/ids.ts'

@@ -8,7 +8,7 @@ import { newWorkloadId } from '../../shared/ids.ts'
 import { begin, finish, fold, toWorkload, type WorkloadRecord } from '../../shared/lifecycle.ts'
 import { lateSubject } from '../../shared/subjects.ts'
 import { EVENTS } from '../../shared/topology.ts'
-import { completed, failed, startWorker, untilStopped } from '../runners/support.ts'
+import { codeOf, completed, failed, startWorker, untilStopped } from '../runners/support.ts'
 import { ground, history, kindsOf, origin, seeded, submit, until, untilEnd } from '../shared/support.ts'
 
 const alive = () => false
@@ -153,7 +153,7 @@ test('kill against completion, 150 times: one end each, the same for everybody, 
   await using on = await ground()
   const random = seeded(seed + 1)
   await using _ = await startWorker(on, async (job, signal) => {
-    const ms = Number(job.code)
+    const ms = Number(codeOf(job))
     await Promise.race([delay(ms), untilStopped(signal)])
     return signal.aborted ? await untilStopped(signal) : completed(ms)
   })

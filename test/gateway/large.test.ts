@@ -12,7 +12,7 @@ import type { AcceptedEvent } from '../../shared/events.ts'
 import { sha256Hex } from '../../shared/ids.ts'
 import { EVENTS } from '../../shared/topology.ts'
 import { skip } from '../harness.ts'
-import { completed } from '../runners/support.ts'
+import { codeOf, completed } from '../runners/support.ts'
 import { until, untilEnd } from '../shared/support.ts'
 import { call, type Gateway, post, type Site, site } from './support.ts'
 
@@ -151,7 +151,7 @@ for (const megabytes of [5, 60])
   })
 
 test('large code goes by claim check too; rerun runs the very same', async () => {
-  await using here = await site({ code: (job) => completed([job.codeSha256, job.input ?? null]) })
+  await using here = await site({ code: (job) => completed([sha256Hex(codeOf(job)), job.input ?? null]) })
   const code = `// ${'c'.repeat(2_000_000)}`
   const first = await post(here.gateway, { code, input: { a: 1 } })
   assert.equal(first.body.output, [sha256Hex(code), '{"a":1}'])

@@ -87,7 +87,10 @@ test('an isolation that is not there is refused with what would bring it', async
   for (const isolation of ['gvisor', 'docker', 'microvm', ['microvm', 'gvisor']]) {
     const answer = await post(here.gateway, { code, isolation })
     assert.equal(problem(answer), [422, 'isolation_unavailable', 'isolation'])
-    assert.match(answer.body.detail, /this version has no (gvisor|docker|microvm) runner yet/)
+    assert.match(
+      answer.body.detail,
+      /npm run setup -- (gvisor|docker)|this version has no microvm runner yet/,
+    )
   }
   await nothingStored(here.on)
 })

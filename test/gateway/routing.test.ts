@@ -61,6 +61,10 @@ test('auto takes the lightest isolation that is strong enough, and says why', ()
     [{ code: 'x', runtime: 'python' }, 'microvm', /^auto: python/],
     [{ image: 'host/name:1' }, 'gvisor', /^auto: an image/],
     [{ archive: { blob: digest } }, 'microvm', /^auto: an archive/],
+    [{ code: 'x', entrypoint: 'main.py' }, 'microvm', /^auto: python/],
+    [{ code: 'x', entrypoint: 'index.ts' }, 'isolate', /^auto: TypeScript/],
+    [{ code: 'x', entrypoint: ['sh', 'x'] }, 'microvm', /^auto: a command/],
+    [{ image: 'host/name:1', runtime: 'python', entrypoint: 'a.py' }, 'gvisor', /^auto: an image/],
   ]
   for (const [spec, isolation, reason] of expected) {
     const found = choose(spec)
@@ -74,6 +78,24 @@ test('auto is never weakened: what it would take is refused where that is unavai
   assert.is(problem.code, 'isolation_unavailable')
   assert.is(problem.field, 'isolation')
   assert.match(problem.message, 'gvisor is unavailable: not here; install it')
+  assert.match(problem.message, 'docker could run it')
+  assert.not.match(problem.message, 'isolate could')
+  const nobody = refusal({ image: 'host/name:1' }, available('isolate'))
+  assert.not.match(nobody.message, 'could run it')
+})
+
+test('an isolate takes no archive, image, command, folder or user', () => {
+  const wrong: [Record<string, unknown>, string][] = [
+    [{ archive: { blob: digest }, runtime: 'javascript' }, 'not an archive'],
+    [{ image: 'host/name:1' }, 'not an image'],
+    [{ code: 'x', entrypoint: ['node', 'x'] }, 'no command'],
+    [{ code: 'x', working_dir: '/tmp' }, 'working_dir'],
+    [{ code: 'x', user: '1000' }, 'no users'],
+  ]
+  for (const [spec, words] of wrong) {
+    assert.match(refusal({ ...spec, isolation: 'isolate' }).message, words)
+    assert.is(choose({ ...spec, isolation: ['isolate', 'docker'] }).isolation, 'docker')
+  }
 })
 
 test('a named isolation is taken, or refused with what would make it available', () => {

@@ -6,7 +6,7 @@ import { type AcceptedEvent, isEnd } from '../../shared/events.ts'
 import { derivedWorkloadId, newWorkloadId, sha256Hex } from '../../shared/ids.ts'
 import { EVENTS } from '../../shared/topology.ts'
 import { Workload } from '../../shared/workload.ts'
-import { type Code, completed, failed, untilStopped } from '../runners/support.ts'
+import { type Code, codeOf, completed, failed, untilStopped } from '../runners/support.ts'
 import { history, kindsOf, until, untilEnd } from '../shared/support.ts'
 import { call, type Json, post, site, startDispatcher, startGateway, untilKnown } from './support.ts'
 
@@ -14,7 +14,7 @@ const spec = { code: 'export default (input) => input' }
 
 /** Code by name: what the spec’s code says is what the runner does. */
 const byName: Code = async (job, signal) => {
-  switch (job.code) {
+  switch (codeOf(job)) {
     case 'fail':
       return failed('user_error', 'you asked for it')
     case 'hang':

@@ -81,6 +81,7 @@ export async function startGateway(on: Ground, options: GatewayOptions = {}): Pr
     exchanges,
     reads: readsFrom(options.dispatcherUrl ?? nobody),
     maxBodyBytes: options.maxBodyBytes ?? 64 * 1_048_576,
+    maxBlobBytes: options.maxBodyBytes ?? 64 * 1_048_576,
     maxWaitS: options.maxWaitS ?? 60,
     log: pino({ level: process.env.VULCAN_TEST_LOG === undefined ? 'silent' : 'debug' }),
   })
@@ -154,8 +155,8 @@ export async function site(
 export const backendOf = ({ roster }: Gateway, isolation: Isolation): Backend =>
   roster.backends().find((backend) => backend.isolation === isolation)!
 
-export const untilKnown = (gateway: Gateway) =>
-  until('a runner', () => backendOf(gateway, 'isolate').runners.length > 0 || undefined)
+export const untilKnown = (gateway: Gateway, isolation: Isolation = 'isolate') =>
+  until('a runner', () => backendOf(gateway, isolation).runners.length > 0 || undefined)
 
 // biome-ignore lint/suspicious/noExplicitAny: answers are looked into field by field.
 export type Json = any

@@ -11,7 +11,7 @@ import { logSubject } from '../../shared/subjects.ts'
 import { EVENTS, LOGS } from '../../shared/topology.ts'
 import type { Digest } from '../../shared/workload.ts'
 import { type Ground, ground, history, kindsOf, submit, until, untilEnd } from '../shared/support.ts'
-import { type Code, completed, line, startWorker, testBox } from './support.ts'
+import { type Code, codeOf, completed, line, startWorker, testBox } from './support.ts'
 
 /** A store of texts that counts who reads them. */
 function store(...texts: string[]) {
@@ -140,7 +140,7 @@ test('the code of a function comes from its bundle, its secrets from the bucket'
   assert.is(end.data.output, 'x')
   assert.is(end.data.receipt!.code_sha256, digestOf('export default 1').slice(7))
   const job = worker.runner.ran[0]!
-  assert.is(job.code, 'export default 1')
+  assert.is(codeOf(job), 'export default 1')
   assert.is(job.runtime, 'javascript')
   assert.equal(job.env, { MODE: 'x', TOKEN: 'sup3rs3cret' })
   assert.equal(job.egress, ['api.example.com:443'])

@@ -4,7 +4,7 @@
  */
 import { setTimeout as delay } from 'node:timers/promises'
 import { TopologyOptions } from '../../shared/topology.ts'
-import { completed, startWorker } from './support.ts'
+import { codeOf, completed, startWorker } from './support.ts'
 
 /** Milliseconds of the monotonic clock, the same for all processes of a host. */
 const clock = () => Number(process.hrtime.bigint()) / 1e6
@@ -14,7 +14,7 @@ const worker = await startWorker(
   { nats: { url: url! }, topology: TopologyOptions.parse({ ackWaitMs }) },
   async (job) => {
     process.send!({ type: 'start', id: job.id, attempt: job.attempt, at: clock() })
-    await delay(Number(job.code))
+    await delay(Number(codeOf(job)))
     process.send!({ type: 'end', id: job.id, at: clock() })
     return completed()
   },

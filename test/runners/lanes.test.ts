@@ -28,7 +28,7 @@ import {
   until,
   untilEnd,
 } from '../shared/support.ts'
-import { type Code, completed, failed, startWorker } from './support.ts'
+import { type Code, codeOf, completed, failed, startWorker } from './support.ts'
 
 const many = (n: number) => Array.from({ length: n })
 
@@ -257,7 +257,7 @@ test('a lane waits for its own only: the common queue and other lanes go on besi
   const free = await putLane(on, 'free', { concurrency: 2 })
   const slow = await putLane(on, 'slow', { rate: { limit: 1, per_s: 3_600, burst: 1 } })
   await using worker = await startWorker(on, async (job, signal) => {
-    if (job.code === 'stuck') await delay(60_000, undefined, { signal }).catch(() => {})
+    if (codeOf(job) === 'stuck') await delay(60_000, undefined, { signal }).catch(() => {})
     return completed()
   })
   await Promise.all(many(20).map(() => call(on.bus, stuck, 'stuck')))
@@ -284,7 +284,7 @@ test('lanes that want more than there are slots share them with each other and w
     on,
     async (job) => {
       most = Math.max(most, ++now)
-      order.push(job.code)
+      order.push(codeOf(job))
       await delay(3)
       now--
       return completed()
@@ -358,8 +358,8 @@ test('a retry in its backoff keeps its place: nothing overtakes it beyond the li
   const lane = await putLane(on, 'retried', { concurrency: 1 })
   const order: string[] = []
   await using _ = await startWorker(on, (job) => {
-    order.push(`${job.code} ${job.attempt}`)
-    return job.code === 'first' && job.attempt < 3 ? failed('internal') : completed()
+    order.push(`${codeOf(job)} ${job.attempt}`)
+    return codeOf(job) === 'first' && job.attempt < 3 ? failed('internal') : completed()
   })
   const first = await call(on.bus, lane, 'first')
   const second = await call(on.bus, lane, 'second')
@@ -375,10 +375,10 @@ test('limits that go and come back while work is queued lose nothing, and what w
   await using _ = await startWorker(
     on,
     async (job) => {
-      if (job.code === 'lane') seen.most = Math.max(seen.most, ++seen.lane)
+      if (codeOf(job) === 'lane') seen.most = Math.max(seen.most, ++seen.lane)
       else seen.common++
       await delay(30)
-      if (job.code === 'lane') seen.lane--
+      if (codeOf(job) === 'lane') seen.lane--
       return completed()
     },
     { slots: 16 },

@@ -3,10 +3,12 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { Bundles } from '../../runners/bundles.ts'
 import { startPrewarm } from '../../runners/prewarm.ts'
-import type { Runner } from '../../runners/runner.ts'
+import type { Program, Runner } from '../../runners/runner.ts'
 import { FunctionRecord, FunctionSpec, FunctionVersion } from '../../shared/functions.ts'
 import { Registry } from '../../shared/registry.ts'
+import type { Isolation } from '../../shared/workload.ts'
 import { type Ground, ground, until } from '../shared/support.ts'
+import { codeOf } from './support.ts'
 
 const versionId = (n: number) => `v${String(n).padStart(16, '0')}`
 
@@ -14,20 +16,27 @@ async function world() {
   const on = await ground()
   const registry = await Registry.open(on.bus, 1)
   const calls: { code: string; count: number; limits: { memory_mb: number } }[] = []
+  const programs: Program[] = []
   const runner: Pick<Runner, 'prewarm'> = {
-    prewarm: ({ code, limits }, count) => void calls.push({ code, count, limits }),
+    prewarm(program, count) {
+      programs.push(program)
+      const { source, limits } = program
+      calls.push({ code: source.kind === 'code' ? codeOf({ source }) : source.kind, count, limits })
+    },
   }
   return {
     ...on,
     registry,
     calls,
+    programs,
     /** What is kept warm now, by code. */
     warm: () => Object.fromEntries(calls.map(({ code, count }) => [code, count])),
-    start: () =>
+    start: (isolation: Isolation = 'isolate') =>
       startPrewarm({
-        isolation: 'isolate',
+        isolation,
         functions: registry,
-        bundles: new Bundles(on.blobs),
+        stores: { blobs: on.blobs, bundles: new Bundles(on.blobs) },
+        secrets: { values: (names) => Object.fromEntries(names.map((name) => [name, 'me:secret'])) },
         runner,
         log: pino({ level: 'silent' }),
       }),
@@ -43,7 +52,7 @@ async function deploy(
   name: string,
   n: number,
   spec: Partial<FunctionSpec>,
-  over: Partial<FunctionRecord> = {},
+  { made = {}, ...over }: Partial<FunctionRecord> & { made?: Partial<FunctionVersion> } = {},
 ) {
   const bundle = await blobs.put(Buffer.from(`${name} ${n}`))
   const { code: _, ...rest } = FunctionSpec.parse({ code: 'x', ...spec })
@@ -59,6 +68,7 @@ async function deploy(
     source: null,
     spec: rest,
     warnings: [],
+    ...made,
   })
   await registry.putVersion(version)
   const known = registry.get(name)
@@ -106,7 +116,7 @@ test('each change is told once, with the limits of the version', async () => {
   using _ = on.start()
   await deploy(on, 'one', 1, {
     prewarm: 1,
-    limits: { timeout_s: 5, memory_mb: 64, cpu: 1, pids: 1, output_mb: 1 },
+    limits: { timeout_s: 5, memory_mb: 64, cpu: 1, pids: 1, output_mb: 1, disk_mb: 1 },
   })
   await until('it', () => on.calls.length > 0 || undefined)
   const { record, revision } = on.registry.get('one')!
@@ -115,6 +125,67 @@ test('each change is told once, with the limits of the version', async () => {
   await until('the other', () => on.warm()['two 1'] === 1 || undefined)
   assert.is(on.calls.length, 2)
   assert.is(on.calls[0]!.limits.memory_mb, 64)
+})
+
+test('archives and images are kept warm like code, with what their registry asks for', async () => {
+  await using on = await world()
+  using _ = on.start('gvisor')
+  const source = await on.blobs.put(Buffer.from('a tar'))
+  const made = { isolation: 'gvisor', bundle: null } as const
+  await deploy(
+    on,
+    'archived',
+    1,
+    { prewarm: 1, entrypoint: 'main.py' },
+    { made: { ...made, runtime: 'python', source } },
+  )
+  await until('the archive', () => on.programs.length === 1 || undefined)
+  const image = { image: 'host/name:1', image_auth: 'REGISTRY' }
+  await deploy(
+    on,
+    'named',
+    1,
+    { prewarm: 2, code: undefined, ...image },
+    { made: { ...made, runtime: 'oci' } },
+  )
+  await until('the image', () => on.programs.length === 2 || undefined)
+  const [archived, named] = on.programs
+  assert.ok(archived!.source.kind === 'archive')
+  assert.equal(
+    [archived!.runtime, archived!.entrypoint, archived!.source.sha256],
+    ['python', 'main.py', source.blob.slice('sha256:'.length)],
+  )
+  const parts: Uint8Array[] = []
+  for await (const part of await archived!.source.open()) parts.push(part)
+  assert.is(Buffer.concat(parts).toString(), 'a tar')
+  assert.equal(named!.source, {
+    kind: 'image',
+    reference: 'host/name:1',
+    auth: { username: 'me', password: 'secret' },
+  })
+  assert.equal(
+    on.calls.map(({ count }) => count),
+    [1, 2],
+  )
+
+  // The same again changes nothing; another entrypoint is another program.
+  const known = on.registry.get('archived')!
+  await on.registry.put({ ...known.record, updated_at: new Date().toISOString() }, known.revision)
+  await deploy(
+    on,
+    'archived',
+    2,
+    { prewarm: 1, entrypoint: 'other.py' },
+    { made: { ...made, runtime: 'python', source } },
+  )
+  await until('the other', () => on.programs.some(({ entrypoint }) => entrypoint === 'other.py') || undefined)
+  assert.equal(
+    on.programs.slice(2).map(({ entrypoint }, i) => [entrypoint, on.calls[i + 2]!.count]),
+    [
+      ['main.py', 0],
+      ['other.py', 1],
+    ],
+  )
 })
 
 test.run()

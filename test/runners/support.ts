@@ -8,7 +8,7 @@ import { newProcessId } from '../../shared/ids.ts'
 import { Meters } from '../../shared/meters.ts'
 import { Registry } from '../../shared/registry.ts'
 import { SecretBox, Secrets } from '../../shared/secrets.ts'
-import type { Cause, LogLine } from '../../shared/workload.ts'
+import type { Cause, Isolation, LogLine } from '../../shared/workload.ts'
 import type { Ground } from '../shared/support.ts'
 
 const ran = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'warm' as const }
@@ -26,6 +26,12 @@ export const failed = (cause: Cause, message = 'it broke'): Outcome => ({
   exitCode: null,
   ...ran,
 })
+/** What stands for the user’s code, of a job that has code. */
+export const codeOf = ({ source }: Pick<Job, 'source'>): string => {
+  if (source.kind === 'code') return source.text
+  throw new Error(`the job has no code but ${source.kind}`)
+}
+
 export const stopped: Outcome = { status: 'stopped', ...ran }
 
 export const line = (text: string): LogLine => ({
@@ -67,11 +73,17 @@ export interface FakeRunner extends Runner {
   quit(): void
 }
 
-export function fakeRunner(code: Code): FakeRunner {
+/** As those of containers. */
+const containers: Capabilities = {
+  ...capabilities,
+  runtimes: ['oci', 'node', 'python', 'go', 'javascript', 'typescript'],
+}
+
+export function fakeRunner(code: Code, isolation: Isolation = 'isolate'): FakeRunner {
   const quitting = new AbortController()
   const runner: FakeRunner = {
-    isolation: 'isolate',
-    capabilities,
+    isolation,
+    capabilities: isolation === 'isolate' ? capabilities : containers,
     ran: [],
     prepared: 0,
     released: 0,
@@ -114,11 +126,11 @@ export const testBox = (): Promise<SecretBox> =>
 export async function startWorker(
   on: Pick<Ground, 'topology'> & { nats: Pick<Ground['nats'], 'url'> },
   code: Code,
-  over: Partial<WorkerOptions> = {},
+  { isolation = 'isolate', ...over }: Partial<WorkerOptions> & { isolation?: Isolation } = {},
 ): Promise<Worker> {
-  const id = newProcessId('isolate')
+  const id = newProcessId(isolation)
   const bus = await Bus.connect({ url: on.nats.url, name: id })
-  const runner = fakeRunner(code)
+  const runner = fakeRunner(code, isolation)
   const stop = new AbortController()
   const box = await testBox()
   const secrets = await Secrets.open(bus, 1, box)

@@ -32,7 +32,7 @@ import {
   until,
   untilEnd,
 } from '../shared/support.ts'
-import { type Code, completed, failed, line, startWorker, untilStopped } from './support.ts'
+import { type Code, codeOf, completed, failed, line, startWorker, untilStopped } from './support.ts'
 
 const queued = async (bus: Bus) => (await bus.jsm.streams.info(WORK)).state.messages
 const untilAcked = (bus: Bus) =>
@@ -259,7 +259,7 @@ test('an attempt over its time is stopped and ends as failed, timeout', async ()
 test('retry.on: a failure of the user’s own is retried where it is named, with its delay, to the last attempt', async () => {
   await using on = await ground()
   await using worker = await startWorker(on, (job, signal) =>
-    job.code === 'slow' ? untilStopped(signal) : failed('user_error', `attempt ${job.attempt}`),
+    codeOf(job) === 'slow' ? untilStopped(signal) : failed('user_error', `attempt ${job.attempt}`),
   )
   const once = await submit(on.bus)
   const three = await submit(on.bus, {
@@ -377,7 +377,7 @@ test('told to stop, a runner waits for what soon ends and hands the rest back as
   await using on = await ground()
   let stopping: Promise<void> | undefined
   const first = await startWorker(on, async (job, signal) => {
-    if (job.code === 'long') return await untilStopped(signal)
+    if (codeOf(job) === 'long') return await untilStopped(signal)
     while (stopping === undefined) await delay(10)
     await delay(200)
     return completed('in time')
@@ -550,9 +550,9 @@ test('a large output goes by blob, a small one in the end itself', async () => {
     wide: '€'.repeat(300_000),
   }
   await using _ = await startWorker(on, (job) =>
-    job.code === 'growing'
+    codeOf(job) === 'growing'
       ? { ...completed(), output: `[${Array(90_000).fill('1e20').join()}]` }
-      : completed(values[job.code]),
+      : completed(values[codeOf(job)]),
   )
   for (const [code, value] of Object.entries(values)) {
     const { id } = await submit(on.bus, { code })
@@ -590,8 +590,8 @@ test('code and input from a blob reach the runner whole', async () => {
   const payload = await on.blobs.put(Buffer.from(JSON.stringify({ code, input: 'i'.repeat(800_000) })))
   const { id } = await submit(on.bus, {}, { payload })
   assert.is((await untilEnd(on.bus, id)).data.output, 800_000)
-  assert.is(worker.runner.ran[0]!.code, code)
-  assert.is(worker.runner.ran[0]!.codeSha256, sha256Hex(code))
+  assert.is(codeOf(worker.runner.ran[0]!), code)
+  assert.equal(worker.runner.ran[0]!.source, { kind: 'code', text: code, sha256: sha256Hex(code) })
 })
 
 for (const [what, spoil] of [
@@ -737,7 +737,7 @@ test('an end is heard once by everybody who listens, whoever asked for the workl
     for (const subject of storedEnds) bus.listen(subject, (message) => heard[i]!.push(message.subject))
     await bus.flush()
   }
-  await using _ = await startWorker(on, (job) => (job.code === 'bad' ? failed('user_error') : completed()))
+  await using _ = await startWorker(on, (job) => (codeOf(job) === 'bad' ? failed('user_error') : completed()))
   const good = await submit(on.bus)
   const bad = await submit(on.bus, { code: 'bad' })
   await untilEnd(on.bus, good.id)

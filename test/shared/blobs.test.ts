@@ -1,5 +1,6 @@
 // timeout: 120
 import { randomBytes } from 'node:crypto'
+import { headers } from '@nats-io/transport-node'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { BlobCorrupt, Blobs } from '../../shared/blobs.ts'
@@ -91,6 +92,27 @@ test('a blob put since then is not stale, and stays', async () => {
   const bytes = randomBytes(1_000)
   const { blob } = await on.blobs.put(bytes)
   assert.not(await on.blobs.removeStale(blob, before))
+  assert.is(Buffer.compare((await on.blobs.get(blob))!, bytes), 0)
+})
+
+test('a renewed blob is not stale, and is whole', async () => {
+  await using on = await ground()
+  const bytes = randomBytes(300_000)
+  const { blob, size } = await on.blobs.put(bytes)
+  assert.is(await on.blobs.renew(digestOf('never put')), undefined)
+  const meta = await on.bus.jsm.streams.getMessage(stream, { last_by_subj: `$O.${BLOBS}.M.>` })
+  const old = { ...meta!.json<object>(), mtime: new Date(0).toISOString() }
+  const rollup = headers()
+  rollup.set('Nats-Rollup', 'sub')
+  await on.bus.js.publish(meta!.subject, JSON.stringify(old), { headers: rollup })
+  assert.is((await on.blobs.list())[0]!.at, 0)
+  assert.equal(await on.blobs.renew(blob), { blob, size })
+  assert.not(await on.blobs.removeStale(blob, Date.now() - 60_000))
+  assert.is(Buffer.compare((await on.blobs.get(blob))!, bytes), 0)
+  // Removed for good, and put again.
+  assert.ok(await on.blobs.removeStale(blob, Date.now() + 60_000))
+  assert.is(await on.blobs.renew(blob), undefined)
+  await on.blobs.put(bytes)
   assert.is(Buffer.compare((await on.blobs.get(blob))!, bytes), 0)
 })
 

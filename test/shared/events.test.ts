@@ -21,7 +21,7 @@ const origin = {
 }
 const now = new Date().toISOString()
 const error = { message: 'it broke', stack: 'at main.js:1:1' }
-const limits = { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6 }
+const limits = { timeout_s: 30, memory_mb: 128, cpu: 1, pids: 64, output_mb: 6, disk_mb: 64 }
 const digest = `sha256:${'0'.repeat(64)}`
 const end = {
   attempt: 1,
@@ -36,6 +36,7 @@ const end = {
   logs: { last: 1, lines: 2, dropped: 0 },
   receipt: {
     code_sha256: 'f'.repeat(64),
+    image_digest: null,
     runner: 'isolate-1',
     isolation: 'isolate' as const,
     walls: ['bubblewrap'],
@@ -57,6 +58,19 @@ const neverRan = {
   receipt: null,
 }
 const line = { time: now, level: 'info' as const, stream: 'console' as const, text: 'hello' }
+
+/** As it was before the limits and receipts knew of disks and images. */
+const ofOld = (event: object) =>
+  JSON.parse(
+    JSON.stringify(event, (name, value) => (/^(disk_mb|image_digest)$/.test(name) ? undefined : value)),
+  )
+
+test('an event of before a field was added is read with its default', () => {
+  const accepted = eventSchemas.accepted.parse(ofOld(acceptedEvent({}, id)))
+  assert.is(accepted.data.spec.limits.disk_mb, 64)
+  const completed = eventSchemas.completed.parse(ofOld(makeEvent('completed', id, 1, end, origin)))
+  assert.equal([completed.data.receipt!.image_digest, completed.data.receipt!.limits.disk_mb], [null, 64])
+})
 
 /** Each event as the platform makes it. */
 const examples: Record<string, AnyEvent[]> = {
