@@ -1,22 +1,20 @@
 import { execFile } from 'node:child_process'
-import { randomUUID } from 'node:crypto'
 import { globSync } from 'node:fs'
-import { copyFile, mkdir, mkdtemp, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, rm } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { availableParallelism, tmpdir } from 'node:os'
 import { delimiter, isAbsolute, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { promisify } from 'node:util'
+import { openDebian, putInPlace, unpackPackage } from './debian.ts'
 
 const execute = promisify(execFile)
 
 /** Message schedules, per-message TTL and atomic batches: the first version that has all the project uses. */
 export const MINIMUM_VERSION = '2.14.0'
 
-const keyring = '/usr/share/keyrings/debian-archive-keyring.gpg'
 /** Debian's suites that carry a new enough package, most stable first. */
 const suites = ['forky', 'sid']
-const aptTimeoutMs = 120_000
 
 export type FindOptions = {
   /** Where a downloaded server is kept between runs. */
@@ -86,98 +84,29 @@ export function isAtLeast(version: string, minimum: string): boolean {
 }
 
 async function fetchDebianPackage(target: string): Promise<void> {
-  const mirrors = new Set(await configuredMirrors())
-  if (mirrors.size === 0) throw new Error('found no Debian mirror in the apt sources of this machine')
   const failures: string[] = []
-  for (const mirror of mirrors) {
-    for (const suite of suites) {
-      try {
-        return await downloadFrom(mirror, suite, target)
-      } catch (error) {
-        const { code, stderr, message } = error as Error & { code?: unknown; stderr?: string }
-        if (code === 'ENOENT') throw new Error('needs apt-get and dpkg, which this machine does not have')
-        failures.push(`${mirror} ${suite}: ${stderr?.trim().split('\n').pop() || message}`)
-      }
+  for (const suite of suites) {
+    try {
+      return await downloadFrom(suite, target)
+    } catch (error) {
+      failures.push(`${suite}: ${(error as Error).message}`)
     }
   }
   throw new Error(failures.join('; '))
 }
 
-async function downloadFrom(mirror: string, suite: string, target: string): Promise<void> {
-  const work = await mkdtemp(join(tmpdir(), 'vulcan-nats-'))
+async function downloadFrom(suite: string, target: string): Promise<void> {
   await using scope = new AsyncDisposableStack()
+  const work = await mkdtemp(join(tmpdir(), 'vulcan-nats-'))
   scope.defer(() => rm(work, { recursive: true, force: true }))
+  const archive = scope.use(await openDebian([suite]))
+  const [file] = await archive.download(await archive.find(['nats-server']), work)
+  await unpackPackage(file!, work)
 
-  // Lists, package cache and sources are all private: the system's apt neither sees nor gains anything. The
-  // keyring on the machine verifies what comes.
-  await mkdir(join(work, 'lists', 'partial'), { recursive: true })
-  await mkdir(join(work, 'cache', 'archives', 'partial'), { recursive: true })
-  await writeFile(join(work, 'sources.list'), `deb [signed-by=${keyring}] ${mirror} ${suite} main\n`)
-  const apt = (...args: string[]) =>
-    execute(
-      'apt-get',
-      [
-        '--quiet=2',
-        ...['-o', `Dir::Etc::sourcelist=${join(work, 'sources.list')}`],
-        ...['-o', 'Dir::Etc::sourceparts=/dev/null'],
-        ...['-o', `Dir::State::Lists=${join(work, 'lists')}`],
-        ...['-o', `Dir::Cache=${join(work, 'cache')}`],
-        ...['-o', 'Acquire::Languages=none'],
-        // The work folder is private to this user, so apt's own user could not write there anyway.
-        ...['-o', 'APT::Sandbox::User='],
-        ...args,
-      ],
-      { cwd: work, timeout: aptTimeoutMs },
-    )
-  await apt('update')
-  await apt('download', 'nats-server')
-  const [archive] = globSync('*.deb', { cwd: work })
-  if (!archive) throw new Error('apt-get downloaded no package')
-  await execute('dpkg', ['-x', archive, 'root'], { cwd: work, timeout: 30_000 })
-
-  const [binary] = globSync('root/usr/{s,}bin/nats-server', { cwd: work })
+  const [binary] = globSync('usr/{s,}bin/nats-server', { cwd: work })
   const version = binary && (await versionOf(join(work, binary)))
   if (!version || !isAtLeast(version, MINIMUM_VERSION)) throw new Error(`has version ${version ?? 'unknown'}`)
-
-  // Copied beside its place and renamed, so that a parallel start sees the whole file or none.
-  const beside = `${target}.${randomUUID()}`
-  await copyFile(join(work, binary!), beside)
-  await rename(beside, target)
-}
-
-async function configuredMirrors(): Promise<string[]> {
-  const files = ['sources.list', 'sources.list.d/*.list', 'sources.list.d/*.sources']
-  const mirrors: string[] = []
-  for (const file of globSync(files, { cwd: '/etc/apt' })) {
-    const text = await readFile(join('/etc/apt', file), 'utf8').catch(() => '')
-    mirrors.push(...debianMirrors(text))
-  }
-  return mirrors
-}
-
-/**
- * The mirrors of Debian's main archive in one of apt's source files, in either of its formats (sources.list(5): lines
- * of `deb [options] uri suite component…`, or deb822 stanzas). Security and third-party archives are left out.
- */
-export function debianMirrors(text: string): string[] {
-  const uncommented = text.replace(/^\s*#.*\n?/gm, '')
-  const uris: string[] = []
-  for (const [, uri, components] of uncommented.matchAll(/^deb\s+(?:\[[^\]]*\]\s+)?(\S+)\s+\S+\s+(.*)$/gm)) {
-    if (components!.split(/\s+/).includes('main')) uris.push(uri!)
-  }
-  for (const stanza of uncommented.split(/\n\s*\n/)) {
-    const fields = new Map(
-      [...stanza.matchAll(/^([\w-]+):[ \t]*(.*(?:\n[ \t]+.*)*)/gm)].map(([, key, value]) => [
-        key!.toLowerCase(),
-        value!.trim().split(/\s+/),
-      ]),
-    )
-    if (!fields.get('types')?.includes('deb') || !fields.get('components')?.includes('main')) continue
-    if (fields.get('enabled')?.[0] === 'no') continue
-    uris.push(...(fields.get('uris') ?? []))
-  }
-  const isDebian = (uri: string) => /debian/.test(uri) && !/security|backports|^cdrom/.test(uri)
-  return [...new Set(uris.filter(isDebian).map((uri) => uri.replace(/\/$/, '')))]
+  await putInPlace(join(work, binary!), target)
 }
 
 export type NatsSettings = { host: string; port: number; storeDir: string; name: string }

@@ -5,6 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { pathToFileURL } from 'node:url'
 import { z } from 'zod'
 import { cacheDirectory } from './cache-directory.ts'
+import { isolations, missingFor, type OfferedIsolation, runnerName } from './isolations.ts'
 import { LockedError, lockDirectory } from './lock.ts'
 import { findNatsServer, natsAnswers, natsCommand } from './nats-server.ts'
 import { nextFreePort, tryPort } from './ports.ts'
@@ -22,6 +23,11 @@ const Environment = z.object({
   NATS_URL: z.string().optional(),
   VULCAN_DATABASE_URL: z.string().optional(),
   VULCAN_DISPATCHER_PORT: port.default(0),
+  VULCAN_ISOLATIONS: z
+    .string()
+    .transform((text) => text.split(',').map((name) => name.trim()))
+    .pipe(z.array(z.enum(isolations)).min(1))
+    .optional(),
 })
 
 /** How one platform runs. Directories are absolute; port 0 means any free one. */
@@ -37,6 +43,8 @@ export type PlatformConfig = {
   natsUrl: string | undefined
   databaseUrl: string
   dispatcherPort: number
+  /** A runner is started for each; at least one, the lightest first. */
+  isolations: OfferedIsolation[]
   /** What the processes inherit, next to what is set for them. */
   env: NodeJS.ProcessEnv
 }
@@ -48,7 +56,7 @@ export class StartError extends Error {
 
 /** An operator's shell may hold tokens; processes that start other people's code get only what they can need. */
 const inherited =
-  /^(VULCAN_.+|OTEL_.+|NODE_.+|PATH|HOME|USER|LANG|LC_.+|TZ|TMPDIR|XDG_.+|SSL_CERT_.+|(HTTPS?|NO)_PROXY|NPM_CONFIG_(REGISTRY|(HTTPS_)?PROXY|NOPROXY|CA|CAFILE|STRICT_SSL))$/i
+  /^(VULCAN_.+|DOCKER_HOST|OTEL_.+|NODE_.+|PATH|HOME|USER|LANG|LC_.+|TZ|TMPDIR|XDG_.+|SSL_CERT_.+|(HTTPS?|NO)_PROXY|NPM_CONFIG_(REGISTRY|(HTTPS_)?PROXY|NOPROXY|CA|CAFILE|STRICT_SSL)|PIP_((EXTRA_)?INDEX_URL|PROXY|CERT|TRUSTED_HOST)|REQUESTS_CA_BUNDLE)$/i
 
 /**
  * Reads the configuration from environment variables. An empty variable counts as unset.
@@ -71,6 +79,9 @@ export function platformConfig(env: NodeJS.ProcessEnv): PlatformConfig {
     natsUrl: values.NATS_URL,
     databaseUrl: values.VULCAN_DATABASE_URL ?? `file:${pathToFileURL(join(dataDir, 'vulcan.db')).pathname}`,
     dispatcherPort: values.VULCAN_DISPATCHER_PORT,
+    isolations: isolations.filter(
+      (name) => values.VULCAN_ISOLATIONS?.includes(name) ?? missingFor(name, set) === undefined,
+    ),
     env: Object.fromEntries(Object.entries(set).filter(([name]) => inherited.test(name))),
   }
 }
@@ -78,13 +89,13 @@ export function platformConfig(env: NodeJS.ProcessEnv): PlatformConfig {
 /** Short-lived garbage is all these processes make: a larger nursery has it collected a few per cent cheaper. */
 const nodeFlags = ['--max-semi-space-size=64']
 
-/** A script and its arguments for each process. */
+/** A script and its arguments for each process; a runner is told its isolation behind them. */
 export type Entrypoints = Record<'dispatcher' | 'runner' | 'gateway', string[]>
 
 const root = resolve(import.meta.dirname, '..')
 const entrypoints: Entrypoints = {
   dispatcher: [join(root, 'dispatcher/main.ts')],
-  runner: [join(root, 'runners/main.ts'), 'isolate'],
+  runner: [join(root, 'runners/main.ts')],
   gateway: [join(root, 'gateway/main.ts')],
 }
 
@@ -93,7 +104,9 @@ export type Platform = AsyncDisposable & {
   url: string
   natsUrl: string
   dataDir: string
-  /** Knows the pids of `nats-server`, `dispatcher`, `runner` and `gateway`. */
+  /** Those that a runner was started for. */
+  isolations: readonly OfferedIsolation[]
+  /** Knows the pids of `nats-server`, `dispatcher`, `runner` (of isolates), `runner-gvisor`, `runner-docker` and `gateway`. */
   supervisor: Supervisor
   /** Ends every process; a second call waits for the same end. */
   stop(): Promise<void>
@@ -109,8 +122,8 @@ export type PlatformOptions = {
 }
 
 /**
- * Starts nats-server (unless one is given), dispatcher, runner and gateway as processes of their own, and resolves
- * when the gateway says that everything is ready.
+ * Starts nats-server (unless one is given), dispatcher, runners and gateway as processes of their own, and resolves
+ * when the gateway says that everything is ready: with one runner at least. What others can offer shows later.
  *
  * @throws StartError when a port or the data directory is in use, or no nats-server is found
  * @throws NotReadyError when a part does not become ready, with its last lines
@@ -143,29 +156,34 @@ export async function startPlatform(config: PlatformConfig, options: PlatformOpt
     VULCAN_DISPATCHER_PORT: String(dispatcherPort),
     VULCAN_DISPATCHER_URL: dispatcherUrl,
   }
-  const node = (name: keyof Entrypoints, ready?: ProcessSpec['ready']): ProcessSpec => ({
-    name,
+  const node = (part: keyof Entrypoints, over: Partial<ProcessSpec> = {}): ProcessSpec => ({
+    name: part,
     command: process.execPath,
-    args: [...nodeFlags, ...scripts[name]],
     env,
-    ...(ready && { ready }),
+    ...over,
+    args: [...nodeFlags, ...scripts[part], ...(over.args ?? [])],
   })
+  const runner = (isolation: OfferedIsolation, over: Partial<ProcessSpec> = {}) =>
+    node('runner', { name: runnerName(isolation), args: [isolation], ...over })
+  const [first, ...others] = config.isolations
   // Stopped in reverse: nothing new is accepted, then nothing new is run, then what happened is recorded.
   await supervisor.start(
-    node('dispatcher', (over) => answersOk(`${dispatcherUrl}/healthz`, over)),
+    node('dispatcher', { ready: (over) => answersOk(`${dispatcherUrl}/healthz`, over) }),
     signal,
   )
-  await supervisor.start(node('runner'), signal)
-  await supervisor.start(
-    node('gateway', (over) => answersOk(`${url}/healthz`, over)),
-    signal,
-  )
-  await allReady(url, supervisor, readyTimeoutMs, signal)
+  await supervisor.start(runner(first!), signal)
+  await supervisor.start(node('gateway', { ready: (over) => answersOk(`${url}/healthz`, over) }), signal)
+  const parts = ['dispatcher', runnerName(first!), 'gateway']
+  await allReady(url, supervisor, parts, readyTimeoutMs, signal)
+  // They take their time to try the host out.
+  for (const isolation of others)
+    await supervisor.start(runner(isolation, { behind: runnerName(first!) }), signal)
 
   const resources = scope.move()
   let stopped: Promise<void> | undefined
   const stop = () => (stopped ??= resources.disposeAsync())
-  return { url, natsUrl, dataDir, supervisor, stop, [Symbol.asyncDispose]: stop }
+  const { isolations } = config
+  return { url, natsUrl, dataDir, isolations, supervisor, stop, [Symbol.asyncDispose]: stop }
 }
 
 function lock(dataDir: string): Disposable {
@@ -269,6 +287,7 @@ async function answersOk(url: string, signal: AbortSignal): Promise<void> {
 async function allReady(
   url: string,
   supervisor: Supervisor,
+  parts: string[],
   timeoutMs: number,
   signal: AbortSignal | undefined,
 ): Promise<void> {
@@ -283,9 +302,7 @@ async function allReady(
     }
   } catch (cause) {
     signal?.throwIfAborted()
-    const lines = Object.keys(entrypoints).flatMap((name) =>
-      supervisor.lastLines(name).map((line) => `${name} | ${line}`),
-    )
+    const lines = parts.flatMap((name) => supervisor.lastLines(name).map((line) => `${name} | ${line}`))
     const problem = `not ready within ${timeoutMs} ms; GET ${url}/readyz answered: ${answer}`
     throw new NotReadyError([problem, ...lines].join('\n  '), { cause })
   }

@@ -1,10 +1,14 @@
-import { execFile } from 'node:child_process'
-import { promisify } from 'node:util'
+// npm run setup [-- base | gvisor | docker | go …]
+//
+// Gets what an isolation needs of this machine: programs, and the runtime images. A second run changes nothing.
+import { type RuntimeName, runtimeNames } from '../runners/container/runtimes/index.ts'
 import { cacheDirectory } from './cache-directory.ts'
+import { engineAnswers } from './docker-engine.ts'
+import { ensureTools, type Log, type ToolSet } from './host-tools.ts'
 import { findNatsServer } from './nats-server.ts'
+import { buildRuntimes } from './runtimes.ts'
 
-const execute = promisify(execFile)
-type Log = (line: string) => void
+type Host = { cacheDir: string; log: Log; env: NodeJS.ProcessEnv }
 
 /**
  * Gets what the platform needs from the host: bubblewrap, the outer wall of the isolate runner, where it can be
@@ -14,63 +18,74 @@ type Log = (line: string) => void
  * @throws Error that says what to install when there is no nats-server. A missing bubblewrap is only reported here;
  *   the runner names the missing wall.
  */
-export async function ensureHostTools({ cacheDir, log }: { cacheDir: string; log: Log }): Promise<string> {
-  await ensureBubblewrap(log)
-  return findNatsServer({ cacheDir, log })
+export async function ensureHostTools(host: Host): Promise<string> {
+  await ensureBubblewrap(host)
+  return findNatsServer({ ...host, path: host.env.PATH })
 }
 
 /** Installs bubblewrap with apt-get where this runs as root. Never throws. */
-export async function ensureBubblewrap(log: Log): Promise<void> {
-  if (await runs('bwrap')) return
-  const advice = 'install the package bubblewrap to put a second wall around isolates'
-  if (process.getuid?.() !== 0 || !(await runs('apt-get'))) return log(`bwrap is not on PATH: ${advice}`)
-  log('installing bubblewrap (apt-get)')
-  const install = ['install', '--yes', '--no-install-recommends', 'bubblewrap']
+export async function ensureBubblewrap({ log, env }: Pick<Host, 'log' | 'env'>): Promise<void> {
+  for (const line of await ensureTools(['isolate'], { log, path: env.PATH })) log(line)
+}
+
+/**
+ * What `gvisor` and `docker` need, without a nats-server, and the runtime images.
+ *
+ * @throws Error that says what to install
+ */
+async function ensureIsolation(
+  host: Host,
+  sets: readonly ToolSet[],
+  runtimes: readonly RuntimeName[],
+): Promise<void> {
+  const { cacheDir, log } = host
+  const missing = await ensureTools(sets, { log })
+  await buildRuntimes(runtimes, { cacheDir, log })
+  if (missing.length > 0) throw new Error(missing.join('\n'))
+}
+
+/**
+ * All that the tests of containers need. Never throws: a test that lacks something skips and says so.
+ */
+export async function ensureTestTools({ cacheDir, log }: Host): Promise<void> {
+  const missing = await ensureTools(['gvisor', 'docker', 'engine', 'tests'], { log })
+  for (const line of missing) log(line)
   try {
-    await aptGet(install).catch(async () => {
-      await aptGet(['update'])
-      await aptGet(install)
-    })
+    await buildRuntimes(runtimeNames, { cacheDir, log })
   } catch (error) {
-    const { stderr, message } = error as Error & { stderr?: string }
-    log(`bubblewrap could not be installed (${stderr?.trim().split('\n').pop() || message}): ${advice}`)
+    log(`the runtime images could not be built: ${(error as Error).message}`)
   }
 }
 
-async function runs(program: string): Promise<boolean> {
-  return execute(program, ['--version']).then(
-    () => true,
-    () => false,
-  )
-}
-
-const aptGet = (args: string[]) =>
-  execute('apt-get', ['--quiet=2', '-o', 'DPkg::Lock::Timeout=120', ...args], {
-    env: { ...process.env, DEBIAN_FRONTEND: 'noninteractive' },
-    timeout: 300_000,
-  })
+/** Without `go`, which takes longer to build than all others together. */
+const containerRuntimes: readonly RuntimeName[] = ['base', 'node', 'python']
 
 /** What `npm run setup -- <name>` prepares. */
-const setups: Record<string, (log: Log) => Promise<unknown>> = {
-  base: (log) => ensureHostTools({ cacheDir: cacheDirectory(process.env), log }),
-  gvisor: notYet('gvisor'),
-  docker: notYet('docker'),
-  microvm: notYet('microvm'),
-}
-
-function notYet(name: string) {
-  return async () => {
-    throw new Error(`the ${name} isolation is not there yet`)
-  }
+const setups: Record<string, (host: Host) => Promise<unknown>> = {
+  base: ensureHostTools,
+  gvisor: (host) => ensureIsolation(host, ['gvisor'], containerRuntimes),
+  async docker(host) {
+    const answers = await engineAnswers(host.env.DOCKER_HOST)
+    await ensureIsolation(host, answers ? ['docker'] : ['docker', 'engine'], containerRuntimes)
+    if (!answers)
+      host.log(
+        'no Docker Engine answers: start it (systemctl start docker), or set DOCKER_HOST to one that runs',
+      )
+  },
+  go: (host) => ensureIsolation(host, [], ['go']),
+  async microvm() {
+    throw new Error('the microvm isolation is not there yet')
+  },
 }
 
 if (import.meta.main) {
   const names = process.argv.slice(2)
+  const host = { cacheDir: cacheDirectory(process.env), log: console.log, env: process.env }
   try {
     for (const name of names.length ? names : ['base']) {
       const setup = Object.hasOwn(setups, name) && setups[name]
       if (!setup) throw new Error(`unknown: ${name}. There are: ${Object.keys(setups).join(', ')}`)
-      await setup(console.log)
+      await setup(host)
       console.log(`${name}: ready`)
     }
   } catch (error) {

@@ -1,4 +1,5 @@
 import { deployExamples } from './examples.ts'
+import { tellOffers } from './isolations.ts'
 import { type Platform, platformConfig, StartError, startPlatform } from './platform.ts'
 import { ensureBubblewrap } from './setup.ts'
 import { NotReadyError } from './supervisor.ts'
@@ -28,7 +29,7 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
 
 try {
   const config = platformConfig(process.env)
-  await ensureBubblewrap(log)
+  await ensureBubblewrap({ log, env: process.env })
   platform = await startPlatform(config, { log, signal: stop.signal })
   // biome-ignore lint/suspicious/noTemplateCurlyInString: it is the code of a workload
   const workload = { code: 'export default ({ name }) => `hello, ${name}`', input: { name: 'vulcan' } }
@@ -40,6 +41,8 @@ vulcan is ready
 
   curl -s ${platform.url}/v1/workloads -H 'content-type: application/json' -d '${JSON.stringify(workload)}'
 `)
+  log('isolations')
+  void tellOffers(platform.url, { started: platform.isolations, env: process.env }, log, stop.signal)
   if (!stop.signal.aborted) void showExamples(platform.url)
   if (!stop.signal.aborted) {
     await new Promise((resolve) => stop.signal.addEventListener('abort', resolve, { once: true }))

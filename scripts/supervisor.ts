@@ -16,6 +16,8 @@ export type ProcessSpec = {
   ready?: (signal: AbortSignal) => Promise<void>
   /** Default 60,000. */
   readyTimeoutMs?: number
+  /** A process that it is stopped right before, as if it had been started right behind it. */
+  behind?: string
 }
 
 export type SupervisorOptions = {
@@ -88,7 +90,8 @@ export class Supervisor implements AsyncDisposable {
       ends: 0,
       done: Promise.resolve(),
     }
-    this.#entries.push(entry)
+    const place = this.#entries.findIndex((other) => other.spec.name === spec.behind)
+    this.#entries.splice(place === -1 ? this.#entries.length : place + 1, 0, entry)
     entry.done = this.#keepRunning(entry)
     const { ready = async () => {}, readyTimeoutMs = 60_000 } = spec
     const deadline = AbortSignal.timeout(readyTimeoutMs)

@@ -5,7 +5,7 @@
 import { resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import { cacheDirectory } from './cache-directory.ts'
-import { ensureHostTools } from './setup.ts'
+import { ensureHostTools, ensureTestTools } from './setup.ts'
 import { closingLine, findTests, runTests } from './testing/run-tests.ts'
 
 const root = resolve(import.meta.dirname, '..')
@@ -22,7 +22,9 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal
 
 let counts = { passed: 0, failed: 1, skipped: 0 }
 try {
-  await ensureHostTools({ cacheDir: cacheDirectory(process.env), log: console.log })
+  const host = { cacheDir: cacheDirectory(process.env), log: console.log, env: process.env }
+  await ensureHostTools(host)
+  await ensureTestTools(host)
   const files = findTests(folder, isSoak ? 'test/**/*.soak.ts' : 'test/**/*.test.ts', filters)
   if (files.length === 0) throw new Error(`no test file matches ${filters.join(', ') || 'at all'}`)
   counts = await runTests({

@@ -4,7 +4,10 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { type Platform, platformConfig, startPlatform } from '../scripts/platform.ts'
 
-/** `env` goes to every process, over what the caller's environment has. */
+/**
+ * `env` goes to every process, over what the caller's environment has. `VULCAN_ISOLATIONS` says which runners are
+ * started; that of isolates alone unless given.
+ */
 export async function startTestPlatform(env: Record<string, string> = {}): Promise<Platform> {
   const dataDir = await mkdtemp(join(tmpdir(), 'vulcan-'))
   const lines: string[] = []
@@ -16,6 +19,7 @@ export async function startTestPlatform(env: Record<string, string> = {}): Promi
     VULCAN_NATS_PORT: '0',
     VULCAN_DISPATCHER_PORT: '0',
     VULCAN_DATABASE_URL: '',
+    VULCAN_ISOLATIONS: 'isolate',
     VULCAN_DATA_DIR: dataDir,
     ...env,
   })

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { debianMirrors, findNatsServer, isAtLeast, natsAnswers } from '../../scripts/nats-server.ts'
+import { findNatsServer, isAtLeast, natsAnswers } from '../../scripts/nats-server.ts'
 import { tryPort } from '../../scripts/ports.ts'
 import { startNats } from '../nats.ts'
 
@@ -64,34 +64,6 @@ test('versions are compared by number', () => {
   assert.ok(isAtLeast('2.100.1', '2.14.0'))
   assert.ok(isAtLeast('3.0.0', '2.14.0'))
   assert.not.ok(isAtLeast('2.9.10', '2.14.0'))
-})
-
-test("the machine's mirror is read from both formats of apt's sources", () => {
-  const lines = `# deb http://off.example/debian bookworm main
-deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian/ bookworm main contrib
-deb http://security.debian.org/debian-security bookworm-security main
-deb https://packages.example/cloud stable main
-deb-src http://sources.example/debian bookworm main`
-  assert.equal(debianMirrors(lines), ['http://mirror.example/debian'])
-
-  const stanzas = `Types: deb deb-src
-# a comment
-URIs: http://one.example/debian
- http://two.example/debian
-Suites: bookworm bookworm-updates
-Components: main
-
-Types: deb
-URIs: http://security.example/debian-security
-Suites: bookworm-security
-Components: main
-
-Enabled: no
-Types: deb
-URIs: http://off.example/debian
-Suites: bookworm
-Components: main`
-  assert.equal(debianMirrors(stanzas), ['http://one.example/debian', 'http://two.example/debian'])
 })
 
 test("another server's greeting does not count as ours", async () => {

@@ -7,6 +7,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
+import { missingFor } from '../../scripts/isolations.ts'
 import { natsAnswers } from '../../scripts/nats-server.ts'
 import { type Platform, platformConfig, StartError, startPlatform } from '../../scripts/platform.ts'
 import { tryPort } from '../../scripts/ports.ts'
@@ -80,6 +81,41 @@ test('the processes run with their configuration, and all are gone after stop', 
     readdirSync(platform.dataDir).filter((file) => file !== 'nats'),
     [],
   )
+})
+
+test('a runner is started for each isolation that is asked for, and told which', async () => {
+  await using scope = new AsyncDisposableStack()
+  const parts = await fixture(scope)
+  await using platform = await start(parts, {
+    VULCAN_ISOLATIONS: 'gvisor, isolate',
+    DOCKER_HOST: 'unix:///x',
+  })
+  assert.equal(platform.isolations, ['isolate', 'gvisor'])
+  for (const [name, isolation] of [
+    ['runner', 'isolate'],
+    ['runner-gvisor', 'gvisor'],
+  ] as const) {
+    const command = () => readFileSync(`/proc/${platform.supervisor.pid(name)}/cmdline`, 'utf8')
+    // A process that was started just now may not be what it will be.
+    for (let waited = 0; waited < 5_000 && !command().endsWith(`\0${isolation}\0`); waited += 10)
+      await sleep(10)
+    assert.ok(command().endsWith(`\0${isolation}\0`), command())
+  }
+  assert.is(platform.supervisor.pid('runner-docker'), undefined)
+  const env = (await (await fetch(`${platform.url}/env`)).json()) as Record<string, string>
+  assert.is(env.DOCKER_HOST, 'unix:///x')
+})
+
+test('without a word, what the host has in sight is tried', () => {
+  const nothing = { PATH: '/nowhere', VULCAN_CACHE_DIR: '/nowhere' }
+  assert.is(missingFor('isolate', nothing), undefined)
+  assert.is(missingFor('gvisor', nothing), 'runsc is not on PATH')
+  assert.is(missingFor('docker', { ...nothing, DOCKER_HOST: 'tcp://127.0.0.1:1' }), undefined)
+  assert.equal(
+    platformConfig({ ...nothing, DOCKER_HOST: 'unix:///x', VULCAN_ISOLATIONS: '' }).isolations.at(-1),
+    'docker',
+  )
+  assert.throws(() => platformConfig({ VULCAN_ISOLATIONS: 'isolate,jail' }), 'VULCAN_ISOLATIONS')
 })
 
 test('nats-server comes back at the same port', async () => {

@@ -54,16 +54,17 @@ test('processes are stopped in reverse order, each with the time it needs', asyn
   const lines: string[] = []
   await using ordered = new Supervisor({ log: (line) => lines.push(line), backoff })
   const polite = `process.on('SIGTERM', () => setTimeout(() => { console.log('bye'); process.exit() }, 50)); ${forever}`
-  for (const name of ['first', 'second', 'third']) {
+  for (const name of ['first', 'second', 'third', 'between']) {
     await ordered.start({
       ...node(name, polite),
+      ...(name === 'between' ? { behind: 'second' } : {}),
       ready: async () => void (await until(() => lines.includes(`${name} | up`))),
     })
   }
   await Promise.all([ordered.stop(), ordered.stop()])
   assert.equal(
     lines.filter((line) => line.endsWith('bye')),
-    ['third | bye', 'second | bye', 'first | bye'],
+    ['third | bye', 'between | bye', 'second | bye', 'first | bye'],
   )
   await supervisor.stop()
 })
