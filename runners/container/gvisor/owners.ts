@@ -1,0 +1,89 @@
+/**
+ * Whose boxes are whose, and the removal of what dead processes left. An owner’s record is written before anything of
+ * it is made and removed after all of it: what a record does not name is not ours.
+ */
+import { readFileSync, readlinkSync } from 'node:fs'
+import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { z } from 'zod'
+import { Cgroup, type Hierarchy } from './cgroups.ts'
+
+const Owner = z.object({
+  name: z.string().regex(/^[A-Za-z0-9_.-]+$/),
+  pid: z.int().positive(),
+  /** proc(5), field 22: with the pid it names one process of a boot for good. */
+  started: z.string(),
+  /** Pids mean nothing in another boot, or in another namespace. */
+  boot: z.string(),
+  namespace: z.string(),
+  /** Path of the group that its boxes’ groups are in. */
+  cgroup: z.string().regex(/^\/(?!.*\.\.).+$/),
+})
+type Owner = z.infer<typeof Owner>
+
+const recordSuffix = '.owner.json'
+
+/** Undefined: no such process, or only its zombie is left. */
+function startTime(pid: number): string | undefined {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
+    // Behind the name, which may itself hold spaces and parentheses.
+    const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
+    return fields[0] === 'Z' || fields[0] === 'X' ? undefined : fields[19]
+  } catch {
+    return undefined
+  }
+}
+
+const thisBoot = () => readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim()
+const thisNamespace = () => readlinkSync('/proc/self/ns/pid')
+
+/** When in doubt: no. */
+function isDead({ pid, started, boot, namespace }: Owner): boolean {
+  if (boot !== thisBoot()) return true
+  return namespace === thisNamespace() && startTime(pid) !== started
+}
+
+/** Says that this process owns `<stateDir>/<name>` and the group `cgroup`. */
+export async function recordOwner(stateDir: string, name: string, cgroup: string): Promise<void> {
+  const { pid } = process
+  const record: Owner = Owner.parse({
+    ...{ name, pid, cgroup },
+    started: startTime(pid) ?? '',
+    boot: thisBoot(),
+    namespace: thisNamespace(),
+  })
+  const file = join(stateDir, `${name}${recordSuffix}`)
+  await writeFile(`${file}.new`, JSON.stringify(record))
+  await rename(`${file}.new`, file)
+  await mkdir(join(stateDir, name), { mode: 0o700 })
+}
+
+/** Everything of an owner: processes, groups, files, and the record of it. Throws where something resists. */
+export async function removeOwner(
+  stateDir: string,
+  hierarchy: Hierarchy,
+  { name, cgroup }: Pick<Owner, 'name' | 'cgroup'>,
+): Promise<void> {
+  await new Cgroup(hierarchy, cgroup).removeTree()
+  await rm(join(stateDir, name), { recursive: true, force: true })
+  await rm(join(stateDir, `${name}${recordSuffix}`), { force: true })
+}
+
+/** Removes what owners that no longer live have left. What resists stays, for the next time. */
+export async function removeDeadOwners(stateDir: string, hierarchy: Hierarchy): Promise<void> {
+  for (const entry of await readdir(stateDir)) {
+    if (!entry.endsWith(recordSuffix)) continue
+    const owner = await readOwner(join(stateDir, entry))
+    if (owner === undefined || `${owner.name}${recordSuffix}` !== entry || !isDead(owner)) continue
+    await removeOwner(stateDir, hierarchy, owner).catch(() => {})
+  }
+}
+
+async function readOwner(file: string): Promise<Owner | undefined> {
+  try {
+    return Owner.parse(JSON.parse(await readFile(file, 'utf8')))
+  } catch {
+    return undefined
+  }
+}

@@ -1,0 +1,281 @@
+/**
+ * The boxes of handlers that have nothing to do: warm ones, which have run a job and wait for the next of the same
+ * kind, and blank ones, which nobody has used yet. Idle boxes are frozen after a moment, and let go by age, number
+ * and memory.
+ */
+import type { Sandbox } from './sandbox.ts'
+
+export interface PoolOptions {
+  /** An idle box is frozen after so many ms. */
+  freezeMs: number
+  /** A box that ran is let go when it has been idle for so many ms. */
+  warmMs: number
+  /** A blank of a kind that nobody asked for in so many ms is let go. */
+  blankMs: number
+  /** Idle boxes at most. */
+  count: number
+  /** Memory of all idle boxes together, MiB. */
+  memoryMb: number
+}
+
+export const poolDefaults: PoolOptions = {
+  freezeMs: 250,
+  warmMs: 5 * 60_000,
+  blankMs: 10 * 60_000,
+  count: 64,
+  memoryMb: 1024,
+}
+
+/** A box is replaced after so many runs, or ms: what user code leaks does not pile up for ever. */
+const maxRuns = 20_000
+const maxAgeMs = 30 * 60_000
+/** Kinds of blanks kept at once; those asked for longest ago go first. */
+const maxKinds = 6
+/** After a box was taken, another is made so many ms later: the one that was taken needs the cores now. */
+const refillMs = 100
+/** After one that could not be made, the next is tried this much later, twice as late each time, up to the second. */
+const backoffMs = 1_000
+const maxBackoffMs = 60_000
+
+/** Of an idle box, whatever is measured: an interpreter and what guards it, MiB. */
+const leastMb = 32
+const sizeOf = ({ memoryMb }: Sandbox) => Math.max(leastMb, memoryMb)
+
+/** A kind of box to be kept ready. */
+interface Stock {
+  count: number
+  make(): Promise<Sandbox>
+  askedAt: number
+  making: number
+  failures: number
+  retryAt: number
+}
+
+export class Pool {
+  readonly #options: PoolOptions
+  /** Every box of handlers that there is, idle or not. */
+  readonly #all = new Set<Sandbox>()
+  /** The longest idle first. */
+  readonly #idle = new Set<Sandbox>()
+  /** Of those idle ones that nobody has used. */
+  readonly #blanks = new Map<Sandbox, string>()
+  readonly #freezers = new Map<Sandbox, NodeJS.Timeout>()
+  /** By blank key, those asked for longest ago first. */
+  readonly #kinds = new Map<string, Stock>()
+  /** By program key: boxes with that program in them, idle or at work. */
+  readonly #programs = new Map<string, Stock>()
+  readonly #sweeper: NodeJS.Timeout
+  #refill: NodeJS.Timeout | undefined
+  #closed = false
+
+  constructor(options: Partial<PoolOptions> = {}) {
+    this.#options = { ...poolDefaults, ...options }
+    this.#sweeper = setInterval(() => this.#sweep(), 1_000)
+    this.#sweeper.unref()
+  }
+
+  /** Counts a box that was made for a job. */
+  add(sandbox: Sandbox) {
+    this.#all.add(sandbox)
+    if (this.#closed) return this.drop(sandbox)
+    // One at work is looked after by its job.
+    void sandbox.box.exited.then(() => {
+      if (this.#idle.has(sandbox)) this.drop(sandbox)
+    })
+  }
+
+  /** An idle box that ran a job with this key last. It is the caller’s, who has it thawed. */
+  takeWarm(key: string): Sandbox | undefined {
+    let found: Sandbox | undefined
+    for (const sandbox of this.#idle) if (sandbox.warmKey === key && sandbox.usable) found = sandbox
+    return found === undefined ? undefined : this.#take(found)
+  }
+
+  /** A box with this program in it that has run nothing yet. */
+  takePrepared(programKey: string): Sandbox | undefined {
+    for (const sandbox of this.#idle)
+      if (sandbox.warmKey === undefined && sandbox.programKey === programKey && sandbox.usable)
+        return this.#take(sandbox)
+    return undefined
+  }
+
+  /** A blank box of this kind. Others are made where none is left: who asks will ask again. */
+  takeBlank(key: string, count: number, make: () => Promise<Sandbox>): Sandbox | undefined {
+    this.stock(key, count, make)
+    for (const [sandbox, kind] of this.#blanks)
+      if (kind === key && sandbox.usable) {
+        this.#blanks.delete(sandbox)
+        return this.#take(sandbox)
+      }
+    return undefined
+  }
+
+  /** Keeps so many blanks of this kind, for as long as somebody asks for them; for ever where it is `standing`. */
+  stock(key: string, count: number, make: () => Promise<Sandbox>, standing = false): void {
+    const before = this.#kinds.get(key)
+    const stays = standing || before?.askedAt === Number.POSITIVE_INFINITY
+    this.#kinds.delete(key)
+    const failed = {
+      making: before?.making ?? 0,
+      failures: before?.failures ?? 0,
+      retryAt: before?.retryAt ?? 0,
+    }
+    this.#kinds.set(key, {
+      count,
+      make,
+      askedAt: stays ? Number.POSITIVE_INFINITY : performance.now(),
+      ...failed,
+    })
+    for (const kind of this.#kinds.keys()) {
+      if (this.#kinds.size <= maxKinds) break
+      if (this.#kinds.get(kind)!.askedAt !== Number.POSITIVE_INFINITY) this.#forgetKind(kind)
+    }
+    this.#refillSoon()
+  }
+
+  /** Keeps so many boxes with this program in them, whether they ran or not; 0: none more than are asked for. */
+  keep(programKey: string, count: number, make: () => Promise<Sandbox>): void {
+    if (count === 0) {
+      this.#programs.delete(programKey)
+      return
+    }
+    const making = this.#programs.get(programKey)?.making ?? 0
+    this.#programs.set(programKey, { count, make, askedAt: 0, making, failures: 0, retryAt: 0 })
+    this.#refillSoon()
+  }
+
+  /** Gives a box back that can take another run. */
+  giveBack(sandbox: Sandbox) {
+    const worn = sandbox.shim!.runs >= maxRuns || performance.now() - sandbox.madeAt > maxAgeMs
+    if (this.#closed || worn || !sandbox.usable) return this.drop(sandbox)
+    sandbox.idleSince = performance.now()
+    this.#idle.add(sandbox)
+    this.#freezers.set(
+      sandbox,
+      setTimeout(() => {
+        this.#freezers.delete(sandbox)
+        sandbox.freeze()
+      }, this.#options.freezeMs),
+    )
+    this.#trim()
+  }
+
+  /** Lets go of a box, idle or not. */
+  drop(sandbox: Sandbox): void {
+    if (!this.#all.has(sandbox)) return
+    this.#take(sandbox)
+    this.#blanks.delete(sandbox)
+    // Counted until it is gone: it is a process that is alive.
+    void sandbox.close().then(() => {
+      this.#all.delete(sandbox)
+      this.#refillSoon()
+    })
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true
+    clearInterval(this.#sweeper)
+    clearTimeout(this.#refill)
+    for (const timer of this.#freezers.values()) clearTimeout(timer)
+    await Promise.all([...this.#all].map((sandbox) => sandbox.close()))
+    this.#all.clear()
+  }
+
+  #take(sandbox: Sandbox): Sandbox {
+    this.#idle.delete(sandbox)
+    clearTimeout(this.#freezers.get(sandbox))
+    this.#freezers.delete(sandbox)
+    this.#refillSoon()
+    return sandbox
+  }
+
+  #refillSoon(): void {
+    if (this.#closed) return
+    this.#refill ??= setTimeout(() => {
+      this.#refill = undefined
+      this.#restock()
+    }, refillMs)
+  }
+
+  /** One at a time: each takes a core for a good part of a second. */
+  #restock(): void {
+    for (const stock of [...this.#programs.values(), ...this.#kinds.values()]) if (stock.making > 0) return
+    const now = performance.now()
+    for (const [key, stock] of this.#programs) {
+      let held = 0
+      for (const sandbox of this.#all) if (sandbox.programKey === key && sandbox.usable) held++
+      if (held < stock.count && stock.retryAt <= now) return void this.#make(stock)
+    }
+    // A blank must not push others out, only to be pushed out by the next.
+    if (this.#idle.size >= this.#options.count || this.#idleMb() >= this.#options.memoryMb) return
+    for (const [key, stock] of this.#kinds) {
+      let held = 0
+      for (const kind of this.#blanks.values()) if (kind === key) held++
+      if (held < stock.count && stock.retryAt <= now) return void this.#make(stock, key)
+    }
+  }
+
+  async #make(stock: Stock, blankKey?: string): Promise<void> {
+    stock.making++
+    try {
+      const sandbox = await stock.make()
+      stock.failures = 0
+      this.add(sandbox)
+      if (this.#closed) return this.drop(sandbox)
+      const usage = await sandbox.box.usage().catch(() => undefined)
+      sandbox.cpuMs = usage?.cpuMs ?? 0
+      sandbox.memoryMb = usage?.memoryPeakMb ?? 0
+      if (blankKey !== undefined) this.#blanks.set(sandbox, blankKey)
+      this.giveBack(sandbox)
+    } catch {
+      // Whoever needs one makes one, and says why that cannot be.
+      stock.failures++
+      stock.retryAt = performance.now() + Math.min(maxBackoffMs, backoffMs * 2 ** stock.failures)
+    } finally {
+      stock.making--
+      this.#refillSoon()
+    }
+  }
+
+  #forgetKind(key: string): void {
+    this.#kinds.delete(key)
+    for (const [sandbox, kind] of this.#blanks) if (kind === key) this.drop(sandbox)
+  }
+
+  #isKept(sandbox: Sandbox): boolean {
+    const stock = sandbox.programKey === undefined ? undefined : this.#programs.get(sandbox.programKey)
+    if (stock === undefined) return false
+    let held = 0
+    for (const other of this.#all) if (other.programKey === sandbox.programKey && other.usable) held++
+    return held <= stock.count
+  }
+
+  #sweep(): void {
+    const now = performance.now()
+    for (const [key, stock] of this.#kinds)
+      if (now - stock.askedAt > this.#options.blankMs) this.#forgetKind(key)
+    for (const sandbox of this.#idle) {
+      if (this.#blanks.has(sandbox) || now - sandbox.idleSince < this.#options.warmMs) continue
+      if (!this.#isKept(sandbox)) this.drop(sandbox)
+    }
+    this.#refillSoon()
+  }
+
+  #idleMb(): number {
+    let memory = 0
+    for (const sandbox of this.#idle) memory += sizeOf(sandbox)
+    return memory
+  }
+
+  /** Within number and memory: the longest idle first, those that were asked to be kept last. */
+  #trim(): void {
+    let memory = this.#idleMb()
+    for (const kept of [false, true])
+      for (const sandbox of this.#idle) {
+        if (this.#idle.size <= this.#options.count && memory <= this.#options.memoryMb) return
+        if (this.#isKept(sandbox) !== kept) continue
+        memory -= sizeOf(sandbox)
+        this.drop(sandbox)
+      }
+  }
+}

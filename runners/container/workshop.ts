@@ -1,0 +1,372 @@
+/** Makes boxes for jobs, out of images, sources and networks. Knows neither runsc nor Docker. */
+import { mkdir, open } from 'node:fs/promises'
+import { availableParallelism } from 'node:os'
+import { join } from 'node:path'
+import type { Digest } from '../../shared/workload.ts'
+import type { Job, Program } from '../runner.ts'
+import { Archives, linkInto, writeCode } from './archives.ts'
+import type { BoxSpec, Engine, Image, ImageStore, Mount, Network, Networks } from './engine.ts'
+import type { OwnFiles } from './files.ts'
+import { type BuildTools, GoBuilds } from './go.ts'
+import { Turns } from './images/flights.ts'
+import {
+  type Base,
+  boxLimits,
+  codeFile,
+  commandArgv,
+  commandEnv,
+  type FoundUser,
+  findUser,
+  handlerEnv,
+  needsFiles,
+  type Route,
+  type RuntimeName,
+  shimArgv,
+  workingDirectory,
+} from './plan.ts'
+import { inBox, memorySpent } from './protocol.ts'
+import { readInRoot } from './rootfs.ts'
+import { Sandbox } from './sandbox.ts'
+import { makeShims } from './shims/bundle.ts'
+
+export interface WorkshopOptions {
+  engine: Engine
+  images: ImageStore
+  /** Undefined where this host has none; then `whyNot` says why. */
+  networks: Networks | undefined
+  whyNoNetworks: string
+  files: OwnFiles
+  /** The OCI layout of a runtime image; undefined where it was not built. */
+  findRuntime(name: RuntimeName): Promise<{ layout: string; digest: Digest } | undefined>
+  cacheDir: string
+  /** What unpacked archives, and built programs, may take on disk each, MiB. */
+  budgetMb: number
+}
+
+type HandlerRoute = Extract<Route, { kind: 'handler' }>
+type CommandRoute = Exclude<Route, HandlerRoute>
+
+/** What is missing here, and what brings it. */
+export class Unavailable extends Error {
+  override name = 'Unavailable'
+}
+
+/** /etc/passwd and /etc/group are read up to here. */
+const maxAccountBytes = 1_048_576
+/** Archives with more entries than this are mounted, rather than linked into a box that is there. */
+const maxLinked = 1_000
+/** Boxes made at the same time: each takes a core for a while, and more of them only make each other late. */
+const makingAtOnce = Math.max(4, 2 * availableParallelism())
+/** A shim that is not ready after so many ms is given up. */
+const readyMs = 30_000
+
+export class Workshop implements AsyncDisposable, BuildTools {
+  readonly engine: Engine
+  readonly #options: WorkshopOptions
+  readonly #archives: Archives
+  readonly #go: GoBuilds
+  readonly #shims: { node: string; python: string }
+  /** Every box that there is, from its making to its removal. */
+  readonly #sandboxes = new Set<Sandbox>()
+  readonly #making = new Set<Promise<unknown>>()
+  readonly #stop = new AbortController()
+  readonly #turns = new Turns(makingAtOnce)
+  /** Held for as long as the runner lives. */
+  readonly #runtimes = new Map<RuntimeName, Promise<Image>>()
+
+  private constructor(options: WorkshopOptions, shims: { node: string; python: string }) {
+    this.engine = options.engine
+    this.#options = options
+    this.#shims = shims
+    this.#archives = new Archives(join(options.files.path, 'archives'), options.budgetMb)
+    this.#go = new GoBuilds(this, join(options.cacheDir, 'go'), options.budgetMb)
+  }
+
+  static async open(options: WorkshopOptions): Promise<Workshop> {
+    const texts = await makeShims()
+    const dir = join(options.files.path, 'shims')
+    await mkdir(dir)
+    const shims = { node: join(dir, 'shim.mjs'), python: join(dir, 'shim.py') }
+    await writeCode(dir, 'shim.mjs', texts.node)
+    await writeCode(dir, 'shim.py', texts.python)
+    return new Workshop(options, shims)
+  }
+
+  get files(): OwnFiles {
+    return this.#options.files
+  }
+
+  /** The image of a base. Throws `ImageError` or `Unavailable`. */
+  async image(base: Base, signal: AbortSignal): Promise<Image> {
+    if (typeof base !== 'string') return await this.#options.images.get(base, signal)
+    const image = await this.#runtime(base)
+    // The runner’s own hold on it outlives this one.
+    return { ...imageParts(image), root: () => image.root(), [Symbol.dispose]() {} }
+  }
+
+  #runtime(name: RuntimeName): Promise<Image> {
+    let image = this.#runtimes.get(name)
+    if (image === undefined) {
+      image = this.#openRuntime(name)
+      this.#runtimes.set(name, image)
+      // Built meanwhile, perhaps: looked for again by the next.
+      image.catch(() => this.#runtimes.delete(name))
+    }
+    return image
+  }
+
+  /** The images of all runtimes that are here, ready for the first job. */
+  async warmUp(names: readonly RuntimeName[]): Promise<void> {
+    await Promise.allSettled(names.map(async (name) => (await this.#runtime(name)).root()))
+  }
+
+  async #openRuntime(name: RuntimeName): Promise<Image> {
+    const found = await this.#options.findRuntime(name)
+    if (found === undefined)
+      throw new Unavailable(
+        `the runtime image ${name} is not here: \`npm run setup -- gvisor\` (or docker) builds it`,
+      )
+    const signal = new AbortController().signal
+    return await this.#options.images.get({ kind: 'reference', reference: `oci:${found.layout}` }, signal)
+  }
+
+  /** The path of the program built from Go source. */
+  buildGo(program: Program, entry: string | null, signal: AbortSignal): Promise<string> {
+    return this.#go.get(program, entry, signal)
+  }
+
+  async user(image: Image, text: string): Promise<FoundUser> {
+    if (!needsFiles(text)) return findUser(text, '', '')
+    const root = await image.root()
+    const [passwd = '', group = ''] = await Promise.all([
+      readInRoot(root, '/etc/passwd', maxAccountBytes),
+      readInRoot(root, '/etc/group', maxAccountBytes),
+    ])
+    return findUser(text, passwd, group)
+  }
+
+  /** The directory with a source’s files; undefined where it is an image. */
+  async source(program: Program, held: AsyncDisposableStack): Promise<string | undefined> {
+    const { source } = program
+    switch (source.kind) {
+      case 'code': {
+        const dir = held.use(await this.files.makeDirectory())
+        await writeCode(dir.path, codeFile(program), source.text)
+        return dir.path
+      }
+      case 'archive':
+        return held.use(await this.#archives.get(source)).path
+      case 'image':
+      case 'image-archive':
+        return undefined
+      default:
+        throw new Error(`unhandled ${source satisfies never}`)
+    }
+  }
+
+  async network(job: Job, signal: AbortSignal, held: AsyncDisposableStack): Promise<Network | undefined> {
+    const { egress } = job
+    if (egress === 'none') return undefined
+    const { networks, whyNoNetworks } = this.#options
+    if (networks === undefined)
+      throw new Unavailable(`network.egress is not to be had on this host: ${whyNoNetworks}`)
+    return held.use(await networks.open(egress, signal))
+  }
+
+  /** A box that runs a command; not started. `result` is the file for its result. */
+  command(route: CommandRoute, job: Job, signal: AbortSignal): Promise<{ sandbox: Sandbox; result: string }> {
+    return this.#tracked((either) => this.#command(route, job, either), signal)
+  }
+
+  async #command(
+    route: CommandRoute,
+    job: Job,
+    signal: AbortSignal,
+  ): Promise<{ sandbox: Sandbox; result: string }> {
+    await using held = new AsyncDisposableStack()
+    const isGo = route.kind === 'go'
+    const program = isGo ? await this.buildGo(job, route.entry, signal) : undefined
+    const image = held.use(await this.image(isGo ? 'base' : route.base, signal))
+    const user = await this.user(image, job.user ?? image.config.user)
+    const files = await this.source(job, held)
+    const dir = held.use(await this.files.makeDirectory())
+    const result = join(dir.path, 'result')
+    await using file = await open(result, 'wx')
+    // Whoever the user is, nobody else sees the directory above it.
+    await file.chmod(0o666)
+    const mounts: Mount[] = [{ source: result, target: inBox.result, readonly: false }]
+    if (files !== undefined) mounts.push({ source: files, target: inBox.workspace, readonly: true })
+    if (program !== undefined) mounts.push({ source: program, target: inBox.program, readonly: true })
+    const sandbox = await this.#make(held, {
+      image,
+      argv: commandArgv(isGo ? [inBox.program] : route.argv, image.config),
+      env: commandEnv(image.config, user.home, job),
+      cwd: workingDirectory(job, image.config),
+      user,
+      mounts,
+      limits: boxLimits(job.limits, 'command'),
+      network: await this.network(job, signal, held),
+    })
+    return { sandbox, result }
+  }
+
+  /** A box with a shim for this job; started where nothing of the user’s runs by that. */
+  handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal): Promise<Sandbox> {
+    return this.#tracked((either) => this.#handler(route, job, image, either), signal)
+  }
+
+  async #handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal): Promise<Sandbox> {
+    await using held = new AsyncDisposableStack()
+    held.use(image)
+    const user = await this.user(image, job.user ?? image.config.user)
+    const files = await this.source(job, held)
+    const mounts = [this.#shimMount(route.language)]
+    if (files !== undefined) mounts.push({ source: files, target: inBox.workspace, readonly: true })
+    const sandbox = await this.#make(held, {
+      image,
+      argv: shimArgv(route.language, job.limits.memory_mb),
+      env: handlerEnv(image.config, user.home),
+      cwd: workingDirectory(job, image.config),
+      user,
+      mounts,
+      limits: boxLimits(job.limits, 'handler'),
+      network: await this.network(job, signal, held),
+    })
+    if (typeof route.base === 'string') await startShim(sandbox)
+    return sandbox
+  }
+
+  /** A box with a shim that is ready, and nothing of anybody’s in it. */
+  blank(language: 'node' | 'python', limits: Program['limits']): Promise<Sandbox> {
+    return this.#tracked((signal) => this.#blank(language, limits, signal))
+  }
+
+  async #blank(language: 'node' | 'python', limits: Program['limits'], signal: AbortSignal) {
+    await using held = new AsyncDisposableStack()
+    const image = held.use(await this.image(language, signal))
+    const user = await this.user(image, image.config.user)
+    const dir = held.use(await this.files.makeDirectory())
+    const sandbox = await this.#make(
+      held,
+      {
+        image,
+        argv: shimArgv(language, limits.memory_mb),
+        env: handlerEnv(image.config, user.home),
+        cwd: inBox.workspace,
+        user,
+        mounts: [this.#shimMount(language), { source: dir.path, target: inBox.workspace, readonly: true }],
+        limits: boxLimits(limits, 'handler'),
+        network: undefined,
+      },
+      dir.path,
+    )
+    await startShim(sandbox)
+    return sandbox
+  }
+
+  /** Puts a program’s files into a blank box; false where they are too many for that. */
+  fill(sandbox: Sandbox, program: Program): Promise<boolean> {
+    return this.#tracked(() => this.#fill(sandbox, program))
+  }
+
+  async #fill(sandbox: Sandbox, program: Program): Promise<boolean> {
+    const { source } = program
+    const dir = sandbox.workspace
+    if (dir === undefined) throw new Error('a box that is not blank')
+    if (source.kind === 'code') {
+      await writeCode(dir, codeFile(program), source.text)
+      return true
+    }
+    if (source.kind !== 'archive') return false
+    using archive = await this.#archives.get(source)
+    if (archive.entries > maxLinked) return false
+    await linkInto(archive.path, dir)
+    return true
+  }
+
+  #shimMount(language: 'node' | 'python'): Mount {
+    return language === 'node'
+      ? { source: this.#shims.node, target: inBox.nodeShim, readonly: true }
+      : { source: this.#shims.python, target: inBox.pythonShim, readonly: true }
+  }
+
+  async #make(held: AsyncDisposableStack, spec: BoxSpec, workspace?: string): Promise<Sandbox> {
+    this.#stop.signal.throwIfAborted()
+    const box = await this.#turns.take(() => this.engine.create(spec))
+    const { network, image } = spec
+    // From here on the box owns what it stands on.
+    const sandbox: Sandbox = new Sandbox({
+      box,
+      network,
+      imageDigest: image.digest,
+      workspace,
+      held: held.move(),
+      onClosed: () => this.#sandboxes.delete(sandbox),
+    })
+    this.#sandboxes.add(sandbox)
+    return sandbox
+  }
+
+  /** What is being made when the runner ends is waited for, and taken away with the rest. */
+  async #tracked<T>(make: (signal: AbortSignal) => Promise<T>, signal?: AbortSignal): Promise<T> {
+    const stop = this.#stop.signal
+    stop.throwIfAborted()
+    const making = make(signal === undefined ? stop : AbortSignal.any([signal, stop]))
+    this.#making.add(making)
+    try {
+      return await making
+    } finally {
+      this.#making.delete(making)
+    }
+  }
+
+  /** Processes of this host that are boxes. */
+  pids(): number[] {
+    return [...this.#sandboxes].flatMap(({ box }) => box.pids())
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#stop.abort(new Unavailable('the runner is shutting down'))
+    await this.#go[Symbol.asyncDispose]()
+    // Those that come up meanwhile are not waited for: nobody else knows of them.
+    for (const sandbox of this.#sandboxes) void sandbox.close()
+    await Promise.allSettled(this.#making)
+    await Promise.all([...this.#sandboxes].map((sandbox) => sandbox.close()))
+    await this.#archives[Symbol.asyncDispose]()
+    for (const image of this.#runtimes.values())
+      await image.then(
+        (one) => one[Symbol.dispose](),
+        () => {},
+      )
+  }
+}
+
+const imageParts = ({ digest, config, layout }: Image) => ({ digest, config, layout })
+
+/** Starts a box whose process is a shim of ours on an image of ours. Throws where that does not come up. */
+async function startShim(sandbox: Sandbox): Promise<void> {
+  const shim = sandbox.attach()
+  try {
+    await sandbox.box.start()
+    const timer = setTimeout(() => void sandbox.kill(), readyMs)
+    const ready = await shim.ready.finally(() => clearTimeout(timer))
+    if (ready) return
+  } catch (error) {
+    await sandbox.close()
+    throw error
+  }
+  const { exit, stderr } = shim.gone!
+  await sandbox.close()
+  if (exit.oom || memorySpent(stderr)) throw new TooSmall()
+  throw new Unavailable(
+    `the runtime did not start (exit code ${exit.code})${stderr === '' ? '' : `: ${stderr.slice(-500)}`}`,
+  )
+}
+
+/** The runtime alone is more than the memory limit. */
+export class TooSmall extends Error {
+  override name = 'TooSmall'
+  constructor() {
+    super('the runtime itself needs more than the memory of limits.memory_mb')
+  }
+}

@@ -1,0 +1,4 @@
+// timeout: 300
+import { attempts } from './attempts.ts'
+
+await attempts('gvisor')
