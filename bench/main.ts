@@ -3,10 +3,10 @@
  * Rounds of floor and platform take turns, so that a noisy minute touches both; figures are medians of the rounds.
  * `npm run bench -- 5 3`: seconds a measurement, rounds.
  */
-import { readFileSync } from 'node:fs'
 import { startNats } from '../test/nats.ts'
 import { startTestPlatform } from '../test/platform.ts'
 import { coldFloor } from './cold.ts'
+import { watchSteal } from './cpu.ts'
 import { acceptFloor, floor } from './floor.ts'
 import { load } from './load.ts'
 import { logFloor, logLines } from './logs.ts'
@@ -38,7 +38,7 @@ console.log(
 )
 await post('/v1/workloads', 64, warmBody, 200, 8)
 
-const before = cpuTimes()
+const stolen = watchSteal()
 const taken = new Taken()
 for (let round = 0; round < rounds; round++) {
   // Side by side at each width, each after half a second that does not count.
@@ -56,8 +56,7 @@ for (let round = 0; round < rounds; round++) {
   taken.keep('log', await logLines(platform.url, 9_000))
 }
 
-const used = cpuTimes()
-const share = (100 * (used.steal - before.steal)) / (used.all - before.all)
+const share = stolen()
 
 const row = (label: string, ours: string, beneath: string, ratio: string) =>
   console.log(`${label.padEnd(34)}${ours.padStart(24)}${beneath.padStart(24)}${ratio.padStart(16)}`)
@@ -101,17 +100,6 @@ console.log(
     '\nrun) plus one floor round trip; log floor: the same batches through JetStream into one consumer.' +
     `\nThe host gave ${share.toFixed(1)} % of this machine’s CPU time to others meanwhile.`,
 )
-
-/** What the kernel counted since it started, in ticks: all of it, and what the host gave to others (`man 5 proc_stat`). */
-function cpuTimes(): { all: number; steal: number } {
-  try {
-    const ticks =
-      readFileSync('/proc/stat', 'utf8').split('\n')[0]?.split(/\s+/).slice(1, 9).map(Number) ?? []
-    return { all: ticks.reduce((sum, value) => sum + value, 0), steal: ticks[7] ?? 0 }
-  } catch {
-    return { all: Number.NaN, steal: Number.NaN }
-  }
-}
 
 /** Waits until nothing that was accepted is left unfinished, so that one measurement does not weigh on the next. */
 async function settled(): Promise<void> {
