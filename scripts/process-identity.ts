@@ -1,21 +1,8 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { startTime } from '../shared/process-identity.ts'
 
-/**
- * When the kernel started this process, in clock ticks since boot: together with the pid it names one process for
- * good, where a pid alone may have been given to another. `undefined`: no such process, or only its zombie is left.
- * Where there is no /proc, every live process has the start time `''`.
- */
-export function startTime(pid: number): string | undefined {
-  try {
-    // proc(5): the second field is the name in parentheses and may itself hold spaces and parentheses.
-    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
-    const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
-    return fields[0] === 'Z' || fields[0] === 'X' ? undefined : fields[19]
-  } catch {
-    return process.platform === 'linux' || !signal(pid, 0) ? undefined : ''
-  }
-}
+export { startTime }
 
 /** Sends a signal to a pid, or to a process group by its negated id. False: nothing there to take it. */
 export function signal(pid: number, name: NodeJS.Signals | 0): boolean {

@@ -38,6 +38,8 @@ export interface ArchiveLimits {
   bytes: number
   /** Files, directories and links. */
   entries: number
+  /** Steps taken along links, all together, to see that they stay inside. */
+  lookups: number
 }
 
 /** What a file, directory or link takes on disk beside its content, about. */
@@ -47,6 +49,7 @@ export const archiveLimits: ArchiveLimits = {
   packedBytes: 512 * 1_048_576,
   bytes: 1024 * 1_048_576,
   entries: 100_000,
+  lookups: 500_000,
 }
 
 /** An unpacked archive. What is held is not evicted. */
@@ -230,9 +233,6 @@ function gunzipped(packed: string): Readable {
 const nameBytes = 255
 const pathBytes = 4_095
 
-/** Steps that may be taken along the links of one archive, all together. */
-const maxLookups = 500_000
-
 /** What has come out of an archive so far. Links are made last, so that nothing is written through one. */
 class Tree {
   readonly #dir: string
@@ -320,7 +320,7 @@ class Tree {
     // All directories first: afterwards a path may lead through a link.
     for (const path of this.#links.keys()) await this.#makeDirectory(dirname(path))
     for (const [path, target] of this.#links) await this.#place(path, (at) => symlink(target, at))
-    const lookups = { left: maxLookups }
+    const lookups = { left: this.#limits.lookups }
     for (const [path, target] of this.#links)
       if (!(await staysInside(this.#dir, path, target, lookups))) {
         if (lookups.left <= 0) throw new ArchiveError('the links of the archive lead too far')
@@ -353,8 +353,6 @@ function checkedPath(name: string): string {
 
 const fileTypes = new Set(['File', 'OldFile', 'ContiguousFile'])
 const passedOver = new Set(['GlobalExtendedHeader', 'ExtendedHeader', 'NextFileHasLongPath'])
-/** What a tar consists of, bytes: none is shorter. */
-const tarBlock = 512
 /** Bytes of headers and padding for each entry of a tar, at most. */
 const tarOverhead = 64 * 1024
 
@@ -363,17 +361,15 @@ async function readTar(bytes: Readable, tree: Tree, limits: ArchiveLimits): Prom
   let failure: unknown
   /** Entries are written one after the other. */
   let writing = Promise.resolve()
+  /** Of the parser, or by a failure: then it may wait for ever for an entry that nobody reads. */
+  const ended = Promise.withResolvers<void>()
   const fail = (error: unknown) => {
     failure ??= error
     bytes.destroy()
+    ended.resolve()
   }
-  const ended = new Promise<void>((resolve) => {
-    parser.on('end', resolve)
-    parser.on('error', (error: unknown) => {
-      fail(error)
-      resolve()
-    })
-  })
+  parser.on('end', ended.resolve)
+  parser.on('error', fail)
   parser.on('entry', (entry: ReadEntry) => {
     writing = writing
       .then(() => (failure === undefined ? takeTarEntry(entry, tree) : undefined))
@@ -391,7 +387,7 @@ async function readTar(bytes: Readable, tree: Tree, limits: ArchiveLimits): Prom
       if (total === 0) {
         head = Buffer.concat([head, piece])
         // The first piece may be shorter than what a compressed archive begins with.
-        if (head.length < tarBlock) continue
+        if (head.length < magics.zstd.length) continue
         chunk = head
         if ([magics.gzip, magics.zstd].some((magic) => chunk.subarray(0, magic.length).equals(magic)))
           // The parser would unpack it once more, without a limit.
@@ -403,7 +399,7 @@ async function readTar(bytes: Readable, tree: Tree, limits: ArchiveLimits): Prom
       if (!parser.write(chunk))
         await new Promise<void>((resolve) => {
           parser.once('drain', resolve)
-          void ended.then(resolve)
+          void ended.promise.then(resolve)
         })
     }
   } catch (error) {
@@ -412,7 +408,7 @@ async function readTar(bytes: Readable, tree: Tree, limits: ArchiveLimits): Prom
   if (failure === undefined && total === 0) failure = new ArchiveError('there is no tar in the archive')
   if (failure === undefined) {
     parser.end()
-    await ended
+    await ended.promise
   }
   await writing
   if (failure !== undefined) throw failure

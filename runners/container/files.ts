@@ -1,8 +1,8 @@
 /** The directory that belongs to this runner process: what boxes see of the host, apart from images. */
 import { randomBytes } from 'node:crypto'
-import { readFileSync } from 'node:fs'
 import { chmod, mkdir, readdir, readFile, rename, rm, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { startTime, thisBoot } from '../../shared/process-identity.ts'
 
 /** One process of this host for good: a pid alone may be given to another. */
 interface Owner {
@@ -13,19 +13,6 @@ interface Owner {
   boot: string
 }
 
-function startOf(pid: number): string | undefined {
-  try {
-    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
-    // Behind the name, which may hold anything and ends with the last parenthesis.
-    const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
-    return fields[0] === 'Z' || fields[0] === 'X' ? undefined : fields[19]
-  } catch {
-    return undefined
-  }
-}
-
-const bootId = () => readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim()
-
 const ownerFile = 'owner.json'
 /** A directory without a record is from a process that is just making it, or that died there. */
 const recordMs = 60_000
@@ -33,7 +20,7 @@ const recordMs = 60_000
 async function isDead(dir: string): Promise<boolean> {
   try {
     const { pid, start, boot } = JSON.parse(await readFile(join(dir, ownerFile), 'utf8')) as Owner
-    return boot !== bootId() || startOf(pid) !== start
+    return boot !== thisBoot() || startTime(pid) !== start
   } catch {
     const { mtimeMs } = await stat(dir).catch(() => ({ mtimeMs: Date.now() }))
     return Date.now() - mtimeMs > recordMs
@@ -58,7 +45,7 @@ export class OwnFiles implements AsyncDisposable {
     }
     const path = join(parent, owner)
     await mkdir(path, { mode: 0o700 })
-    const record: Owner = { pid: process.pid, start: startOf(process.pid) ?? '', boot: bootId() }
+    const record: Owner = { pid: process.pid, start: startTime(process.pid) ?? '', boot: thisBoot() }
     await writeFile(join(path, `${ownerFile}.new`), JSON.stringify(record))
     await rename(join(path, `${ownerFile}.new`), join(path, ownerFile))
     return new OwnFiles(path)

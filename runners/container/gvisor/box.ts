@@ -1,6 +1,6 @@
 /** One sandbox: a process of runsc with all that hangs on it. */
 import { type ChildProcess, spawn } from 'node:child_process'
-import { closeSync, readFileSync } from 'node:fs'
+import { closeSync, readFileSync, rmSync } from 'node:fs'
 import { mkdir, rm, writeFile } from 'node:fs/promises'
 import type { Socket } from 'node:net'
 import { basename, join } from 'node:path'
@@ -101,25 +101,25 @@ export class GvisorBox implements Box {
   #killing: Promise<void> | undefined
   #removing: Promise<void> | undefined
 
-  /** Settles when the sandbox is complete. Throws `BoxError`, or what the image throws; nothing is left then. */
+  /** Settles when the sandbox is complete. Throws `BoxError`; nothing is left then. */
   static async create(
     host: Host,
     id: string,
     spec: GvisorSpec,
+    root: string,
     onMade: (box: GvisorBox) => void,
   ): Promise<GvisorBox> {
-    const root = await spec.image.root()
     const name = `${basename(host.dir)}-${id}`
     const dir = join(host.dir, id)
     const cgroup = host.cgroup.child(id)
     let box: GvisorBox | undefined
     try {
-      const [paths, lower] = await Promise.all([
-        host.pipes.take(5),
+      const [paths, lower] = await settled(
+        host.pipes.take(readers.length),
         writeBundle(host, dir, spec, root),
         // Building the sandbox is our doing, and not held to the share that the user’s code has.
         cgroup.make().then(() => cgroup.limit({ ...groupLimits(spec.limits), cpu: undefined })),
-      ])
+      )
       const { runsc, platform } = host
       const sockets = spec.sockets !== undefined
       const { network } = spec
@@ -179,8 +179,9 @@ export class GvisorBox implements Box {
   }
 
   async start(): Promise<void> {
+    if (this.#state !== 'created') throw new BoxError('engine', `${this.name} is ${this.#state}`)
     try {
-      if (this.#state !== 'created' || this.#killing !== undefined) throw new Error(`it is ${this.#state}`)
+      if (this.#killing !== undefined) throw new Error('it was killed')
       this.#state = 'starting'
       await this.#cgroup.limitCpu(this.#limits.cpu)
       this.#gate.write('\n')
@@ -292,10 +293,13 @@ export class GvisorBox implements Box {
   }
 
   async #remove(): Promise<void> {
-    await this.kill().catch(() => {})
+    const isDead = await this.kill().then(
+      () => true,
+      () => false,
+    )
     // What nobody has read by now is not waited for.
     for (const stream of [this.stdin, this.stdout, this.#errors, this.stderr]) stream.destroy()
-    await this.exited
+    if (isDead) await this.exited
     this.#readUsage()
     await clear(this.#cgroup, this.#dir)
     this.#removed.resolve()
@@ -383,6 +387,7 @@ function spawnWithPipes(paths: string[], args: string[]): { child: ChildProcess;
     return { child, ours: pipes.map(({ ours }) => ours) as Ours }
   } catch (error) {
     for (const { ours } of pipes) ours.destroy()
+    for (const path of paths) rmSync(path, { force: true })
     throw error
   } finally {
     for (const { theirs } of pipes) closeSync(theirs)
@@ -424,6 +429,12 @@ async function clear(cgroup: Cgroup, dir: string): Promise<void> {
     cgroup.removeTree().catch(() => {}),
     rm(dir, { recursive: true, force: true }).catch(() => {}),
   ])
+}
+
+/** Like `Promise.all`, but nothing goes on when it throws. */
+async function settled<T extends unknown[]>(...promises: { [K in keyof T]: Promise<T[K]> }): Promise<T> {
+  await Promise.allSettled(promises)
+  return (await Promise.all(promises)) as T
 }
 
 function settling(): PromiseWithResolvers<void> {

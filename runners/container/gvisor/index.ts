@@ -110,6 +110,7 @@ class Runsc implements GvisorEngine {
   limits: LimitReport = {}
   readonly #host: Host
   readonly #boxes = new Set<GvisorBox>()
+  readonly #making = new Set<Promise<GvisorBox>>()
   readonly #watch: NodeJS.Timeout
   #made = 0
   #closed: Promise<void> | undefined
@@ -147,12 +148,18 @@ class Runsc implements GvisorEngine {
   }
 
   async create(spec: GvisorSpec): Promise<GvisorBox> {
+    const root = await spec.image.root()
     if (this.#closed !== undefined) throw new BoxError('engine', 'the engine is closed')
-    const id = `b${++this.#made}`
-    return await GvisorBox.create(this.#host, id, spec, (box) => {
+    const making = GvisorBox.create(this.#host, `b${++this.#made}`, spec, root, (box) => {
       this.#boxes.add(box)
       box.removed.then(() => this.#boxes.delete(box))
     })
+    this.#making.add(making)
+    try {
+      return await making
+    } finally {
+      this.#making.delete(making)
+    }
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -162,7 +169,11 @@ class Runsc implements GvisorEngine {
 
   async #close(): Promise<void> {
     clearInterval(this.#watch)
-    await Promise.all([...this.#boxes].map((box) => box.remove()))
+    const removeAll = () => Promise.all([...this.#boxes].map((box) => box.remove()))
+    await removeAll()
+    // Those that were not there yet.
+    await Promise.allSettled(this.#making)
+    await removeAll()
     await this.#onClose?.()
   }
 }

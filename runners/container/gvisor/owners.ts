@@ -2,10 +2,10 @@
  * Whose boxes are whose, and the removal of what dead processes left. An owner’s record is written before anything of
  * it is made and removed after all of it: what a record does not name is not ours.
  */
-import { readFileSync, readlinkSync } from 'node:fs'
 import { mkdir, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { z } from 'zod'
+import { startTime, thisBoot, thisPidNamespace } from '../../../shared/process-identity.ts'
 import { Cgroup, type Hierarchy } from './cgroups.ts'
 
 const Owner = z.object({
@@ -23,25 +23,10 @@ type Owner = z.infer<typeof Owner>
 
 const recordSuffix = '.owner.json'
 
-/** Undefined: no such process, or only its zombie is left. */
-function startTime(pid: number): string | undefined {
-  try {
-    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
-    // Behind the name, which may itself hold spaces and parentheses.
-    const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
-    return fields[0] === 'Z' || fields[0] === 'X' ? undefined : fields[19]
-  } catch {
-    return undefined
-  }
-}
-
-const thisBoot = () => readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim()
-const thisNamespace = () => readlinkSync('/proc/self/ns/pid')
-
 /** When in doubt: no. */
 function isDead({ pid, started, boot, namespace }: Owner): boolean {
   if (boot !== thisBoot()) return true
-  return namespace === thisNamespace() && startTime(pid) !== started
+  return namespace === thisPidNamespace() && startTime(pid) !== started
 }
 
 /** Says that this process owns `<stateDir>/<name>` and the group `cgroup`. */
@@ -51,7 +36,7 @@ export async function recordOwner(stateDir: string, name: string, cgroup: string
     ...{ name, pid, cgroup },
     started: startTime(pid) ?? '',
     boot: thisBoot(),
-    namespace: thisNamespace(),
+    namespace: thisPidNamespace(),
   })
   const file = join(stateDir, `${name}${recordSuffix}`)
   await writeFile(`${file}.new`, JSON.stringify(record))
