@@ -31,9 +31,14 @@ export interface PrewarmOptions {
   log: Logger
 }
 
-/** Two versions of the same key run the same. */
-const keyOf = ({ runtime, bundle, source, spec }: FunctionVersion): string =>
-  JSON.stringify([runtime, bundle?.blob ?? source?.blob ?? spec.image, spec.entrypoint])
+/** Two versions of the same key run the same. An isolate takes whatever has the same code; a box is made for more. */
+function keyOf({ isolation, runtime, bundle, source, spec }: FunctionVersion): string {
+  const code = [runtime, bundle?.blob ?? source?.blob ?? spec.image, spec.entrypoint]
+  if (isolation === 'isolate') return JSON.stringify(code)
+  const { memory_mb, cpu, pids, disk_mb } = spec.limits
+  const { network, user = null, working_dir = null } = spec
+  return JSON.stringify([code, memory_mb, cpu, pids, disk_mb, network.egress, user, working_dir])
+}
 
 /** Follows the registry until it is disposed of. */
 export function startPrewarm(options: PrewarmOptions): Disposable {

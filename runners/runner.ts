@@ -74,6 +74,10 @@ export interface Program {
   /** A file of the source (of code: the name it is given), a command, or undefined: what the runtime takes by itself. */
   entrypoint: string | string[] | undefined
   limits: Limits
+  egress: Egress
+  /** Of containers: overrides those of the image. */
+  workingDir: string | undefined
+  user: string | undefined
 }
 
 /** One attempt at a workload, parsed, with its payload fetched. */
@@ -87,10 +91,6 @@ export interface Job extends Program {
   http: HttpRequest | undefined
   /** With the values of its secrets. */
   env: Record<string, string>
-  /** Of containers: overrides those of the image. */
-  workingDir: string | undefined
-  user: string | undefined
-  egress: Egress
   /** Of a deployed function: what warm sandboxes are counted and prewarmed by. */
   function: FunctionRef | undefined
   /** W3C traceparent of the attempt. */

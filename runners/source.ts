@@ -20,7 +20,15 @@ export class Refusal extends Error {
 /** Where a program comes from: the fields of a spec, and the text of a deployed function where it has one. */
 export type ProgramSpec = Pick<
   WorkloadSpec,
-  'code' | 'archive' | 'image' | 'runtime' | 'entrypoint' | 'limits'
+  | 'code'
+  | 'archive'
+  | 'image'
+  | 'runtime'
+  | 'entrypoint'
+  | 'limits'
+  | 'network'
+  | 'working_dir'
+  | 'user'
 > & {
   bundle: Accepted['bundle']
   /** `user:password` of the image’s registry. */
@@ -46,6 +54,9 @@ export async function programOf(stores: Stores, spec: ProgramSpec): Promise<Prog
     source: bundle == null ? sourceOf(stores, spec) : await bundleOf(stores, bundle.blob),
     entrypoint: built ? undefined : spec.entrypoint,
     limits: { ...limits, disk_mb: limits.disk_mb ?? defaultDiskMb },
+    egress: spec.network.egress,
+    workingDir: spec.working_dir,
+    user: spec.user,
   }
 }
 

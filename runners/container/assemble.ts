@@ -114,9 +114,6 @@ const jobOf = (program: Program): Job => ({
   input: undefined,
   http: undefined,
   env: {},
-  workingDir: undefined,
-  user: undefined,
-  egress: 'none',
   function: undefined,
   traceparent: undefined,
 })

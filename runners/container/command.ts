@@ -47,7 +47,7 @@ export async function runCommand(box: Box, options: CommandOptions): Promise<Com
       ({ blocks }) => {
         if (blocks * 512 <= outputBytes + 1_048_576 || overgrown) return
         overgrown = true
-        void box.kill()
+        box.kill().catch(() => {})
       },
       () => {},
     )

@@ -134,7 +134,7 @@ export class GoBuilds implements AsyncDisposable {
       stream.on('data', (chunk: Buffer) => lines.push(chunk))
     }
     const signal = AbortSignal.any([AbortSignal.timeout(buildMs), this.#stop.signal])
-    signal.addEventListener('abort', () => void box.kill())
+    signal.addEventListener('abort', () => box.kill().catch(() => {}))
     await box.start()
     box.stdin.on('error', () => {})
     box.stdin.end()

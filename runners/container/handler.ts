@@ -54,6 +54,7 @@ export class Shim {
   /** Settles when it can take a run; false: its box is dead instead. */
   readonly ready: Promise<boolean>
   readonly #box: Box
+  readonly #kill: () => void
   readonly #decoder = new FrameDecoder(maxChatterBytes)
   readonly #pace: Pace
   #occupant: Occupant | undefined
@@ -70,9 +71,10 @@ export class Shim {
   #gone: Gone | undefined
   #onReady: (ready: boolean) => void = () => {}
 
-  /** Reads from now on. */
-  constructor(box: Box) {
+  /** Reads from now on. `kill` ends the box. */
+  constructor(box: Box, kill: () => void) {
     this.#box = box
+    this.#kill = kill
     this.ready = new Promise((resolve) => {
       this.#onReady = resolve
     })
@@ -117,6 +119,8 @@ export class Shim {
     this.#occupant = occupant
     this.#run = (this.#run + 1) >>> 0
     this.#mark = randomBytes(12).toString('hex')
+    // Another call’s words are no part of this one’s error.
+    this.#stderr = Buffer.alloc(0)
     this.#marked = false
     this.runs++
     this.#decoder.maxBytes = header.output_bytes + maxChatterBytes
@@ -158,7 +162,7 @@ export class Shim {
 
   #break(message: string): void {
     this.#protocol ??= message
-    void this.#box.kill()
+    this.#kill()
   }
 
   #onMessage(message: Message) {
@@ -167,6 +171,8 @@ export class Shim {
     const occupant = this.#occupant
     if (occupant === undefined || run !== this.#run || this.#done !== undefined)
       throw new FrameError('a message about a run that is not under way')
+    // Of any kind: some may come as often as the box likes.
+    this.#pace.spend(lineWork)
     switch (kind) {
       case kinds.log: {
         const level = parts[0]?.toString('latin1') as LogLevel
@@ -175,7 +181,7 @@ export class Shim {
           throw new FrameError('a line without a level, a stream or text')
         if (parts[1].length > maxChatterBytes) throw new FrameError('a line that is too long')
         occupant.onLine({ level, stream, text: parts[1].toString() })
-        this.#pace.spend(parts[1].length + lineWork)
+        this.#pace.spend(parts[1].length)
         break
       }
       case kinds.done:

@@ -5,7 +5,7 @@ import { markStart } from './protocol.ts'
 
 const newline = 10
 /** What a line costs beside its bytes, as so many of them. */
-export const lineWork = 64
+export const lineWork = 256
 
 /** Cuts bytes at newlines. A line of more than `maxLineBytes` is cut, and says so. */
 export class LineSplitter {
@@ -90,11 +90,11 @@ function wholeCharacters(bytes: Buffer): Buffer {
   return at + width > bytes.length ? bytes.subarray(0, at) : bytes
 }
 
-/** Bytes of lines that are taken within one window; whoever writes more waits. */
+/** Bytes of work that are done within one window; whoever makes more waits for as many windows as it takes. */
 const paceBytes = 1_048_576
 const paceMs = 50
 
-/** Holds a flood back by not reading: one stream takes at most 20 MiB of lines a second of the runner’s time. */
+/** Holds a flood back by not reading: one stream takes at most 20 MiB of work a second of the runner’s time. */
 export class Pace {
   readonly #stream: Readable
   #spent = 0
@@ -108,19 +108,20 @@ export class Pace {
   /** `bytes` of work: see `LineSplitter`. */
   spend(bytes: number): void {
     const now = performance.now()
-    if (now - this.#since >= paceMs) {
+    if (this.#timer === undefined && now - this.#since >= paceMs) {
       this.#since = now
       this.#spent = 0
     }
     this.#spent += bytes
     if (this.#spent < paceBytes || this.#timer !== undefined) return
     this.#stream.pause()
-    this.#timer = setTimeout(
-      () => {
-        this.#timer = undefined
-        this.#stream.resume()
-      },
-      Math.max(1, this.#since + paceMs - now),
-    )
+    this.#timer = setTimeout(() => this.#look(), 1)
+  }
+
+  /** What came with the last piece is paid for as well. */
+  #look(): void {
+    const due = this.#since + paceMs * (this.#spent / paceBytes) - performance.now()
+    this.#timer = due > 0 ? setTimeout(() => this.#look(), due) : undefined
+    if (due <= 0) this.#stream.resume()
   }
 }

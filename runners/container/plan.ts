@@ -86,7 +86,10 @@ export function codeFile({ runtime, entrypoint }: Pick<Program, 'runtime' | 'ent
 export const mebibyte = 1_048_576
 export const outputBytes = ({ output_mb }: Limits) => Math.floor(output_mb * mebibyte)
 
-/** Of a box. A command’s result is a file too. */
+/** A command’s result is a file on the host’s disk, of which more than this is not to be had even for a moment. */
+const maxResultBytes = 1024 * mebibyte
+
+/** Of a box. */
 export function boxLimits(limits: Limits, kind: 'handler' | 'command'): BoxLimits {
   const disk = limits.disk_mb * mebibyte
   return {
@@ -95,7 +98,7 @@ export function boxLimits(limits: Limits, kind: 'handler' | 'command'): BoxLimit
     pids: limits.pids,
     diskMb: limits.disk_mb,
     // One byte over the output’s limit shows that it is too large.
-    fileBytes: kind === 'handler' ? disk : Math.max(disk, outputBytes(limits) + 1),
+    fileBytes: kind === 'handler' ? disk : Math.max(Math.min(disk, maxResultBytes), outputBytes(limits) + 1),
   }
 }
 
@@ -256,14 +259,15 @@ export const blankKey = (language: 'node' | 'python', limits: Limits): string =>
   [language, ...boxKey(limits)].join(' ')
 
 /** The same for a program and for every job that runs it. */
-export const programKey = ({ runtime, source, entrypoint, limits }: Program): string =>
-  hash([sourceKey(source), runtime, entrypoint ?? null, boxKey(limits)])
+export function programKey(program: Program): string {
+  const { runtime, source, entrypoint = null, limits, egress, user = null, workingDir = null } = program
+  return hash([sourceKey(source), runtime, entrypoint, boxKey(limits), egress, user, workingDir])
+}
 
 /** Jobs with the same may use a box one after the other. `image` is the digest of the image that the job names. */
 export function warmKey(job: Job, image: string | undefined): string {
-  const { env, egress, user = null, workingDir = null } = job
-  const sorted = Object.entries(env).sort(([a], [b]) => (a < b ? -1 : 1))
-  return hash([programKey(job), image ?? null, sorted, egress, user, workingDir])
+  const sorted = Object.entries(job.env).sort(([a], [b]) => (a < b ? -1 : 1))
+  return hash([programKey(job), image ?? null, sorted])
 }
 
 /** Whether a job can run in a box that was made before anybody knew of it. */

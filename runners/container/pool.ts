@@ -40,15 +40,17 @@ const maxBackoffMs = 60_000
 /** Of an idle box, whatever is measured: an interpreter and what guards it, MiB. */
 const leastMb = 32
 const sizeOf = ({ memoryMb }: Sandbox) => Math.max(leastMb, memoryMb)
+const fresh = { askedAt: 0, failures: 0, retryAt: 0, sizeMb: leastMb }
 
 /** A kind of box to be kept ready. */
 interface Stock {
   count: number
   make(): Promise<Sandbox>
   askedAt: number
-  making: number
   failures: number
   retryAt: number
+  /** Of the last that was made. */
+  sizeMb: number
 }
 
 export class Pool {
@@ -66,6 +68,8 @@ export class Pool {
   readonly #programs = new Map<string, Stock>()
   readonly #sweeper: NodeJS.Timeout
   #refill: NodeJS.Timeout | undefined
+  /** One is being made. */
+  #making = false
   #closed = false
 
   constructor(options: Partial<PoolOptions> = {}) {
@@ -112,20 +116,12 @@ export class Pool {
 
   /** Keeps so many blanks of this kind, for as long as somebody asks for them; for ever where it is `standing`. */
   stock(key: string, count: number, make: () => Promise<Sandbox>, standing = false): void {
-    const before = this.#kinds.get(key)
-    const stays = standing || before?.askedAt === Number.POSITIVE_INFINITY
+    // The same as before: what is being made for it may fail, and that must be known.
+    const stock = this.#kinds.get(key) ?? { count, make, ...fresh }
+    const stays = standing || stock.askedAt === Number.POSITIVE_INFINITY
+    Object.assign(stock, { count, make, askedAt: stays ? Number.POSITIVE_INFINITY : performance.now() })
     this.#kinds.delete(key)
-    const failed = {
-      making: before?.making ?? 0,
-      failures: before?.failures ?? 0,
-      retryAt: before?.retryAt ?? 0,
-    }
-    this.#kinds.set(key, {
-      count,
-      make,
-      askedAt: stays ? Number.POSITIVE_INFINITY : performance.now(),
-      ...failed,
-    })
+    this.#kinds.set(key, stock)
     for (const kind of this.#kinds.keys()) {
       if (this.#kinds.size <= maxKinds) break
       if (this.#kinds.get(kind)!.askedAt !== Number.POSITIVE_INFINITY) this.#forgetKind(kind)
@@ -139,8 +135,7 @@ export class Pool {
       this.#programs.delete(programKey)
       return
     }
-    const making = this.#programs.get(programKey)?.making ?? 0
-    this.#programs.set(programKey, { count, make, askedAt: 0, making, failures: 0, retryAt: 0 })
+    this.#programs.set(programKey, { count, make, ...fresh })
     this.#refillSoon()
   }
 
@@ -199,32 +194,38 @@ export class Pool {
 
   /** One at a time: each takes a core for a good part of a second. */
   #restock(): void {
-    for (const stock of [...this.#programs.values(), ...this.#kinds.values()]) if (stock.making > 0) return
-    const now = performance.now()
+    if (this.#making) return
+    // What was asked for, and the first blank of a kind, push out what was idle longest; a further blank does not.
+    const mayPush = this.#hasSurplus()
     for (const [key, stock] of this.#programs) {
       let held = 0
       for (const sandbox of this.#all) if (sandbox.programKey === key && sandbox.usable) held++
-      if (held < stock.count && stock.retryAt <= now) return void this.#make(stock)
+      if (held < stock.count && this.#isDue(stock, mayPush)) return void this.#make(stock)
     }
-    // A blank must not push others out, only to be pushed out by the next.
-    if (this.#idle.size >= this.#options.count || this.#idleMb() >= this.#options.memoryMb) return
-    for (const [key, stock] of this.#kinds) {
-      let held = 0
-      for (const kind of this.#blanks.values()) if (kind === key) held++
-      if (held < stock.count && stock.retryAt <= now) return void this.#make(stock, key)
-    }
+    for (const [key, stock] of this.#kinds)
+      if (this.#blanksOf(key) === 0 && this.#isDue(stock, mayPush)) return void this.#make(stock, key)
+    for (const [key, stock] of this.#kinds)
+      if (this.#blanksOf(key) < stock.count && this.#isDue(stock, false)) return void this.#make(stock, key)
+  }
+
+  #isDue({ retryAt, sizeMb }: Stock, mayPush: boolean): boolean {
+    const { count, memoryMb } = this.#options
+    const hasRoom = this.#idle.size < count && this.#idleMb() + sizeMb <= memoryMb
+    return retryAt <= performance.now() && (hasRoom || mayPush)
   }
 
   async #make(stock: Stock, blankKey?: string): Promise<void> {
-    stock.making++
+    this.#making = true
     try {
       const sandbox = await stock.make()
       stock.failures = 0
       this.add(sandbox)
-      if (this.#closed) return this.drop(sandbox)
+      const isWanted = blankKey === undefined || this.#kinds.has(blankKey)
+      if (this.#closed || !isWanted) return this.drop(sandbox)
       const usage = await sandbox.box.usage().catch(() => undefined)
       sandbox.cpuMs = usage?.cpuMs ?? 0
       sandbox.memoryMb = usage?.memoryPeakMb ?? 0
+      stock.sizeMb = sizeOf(sandbox)
       if (blankKey !== undefined) this.#blanks.set(sandbox, blankKey)
       this.giveBack(sandbox)
     } catch {
@@ -232,7 +233,7 @@ export class Pool {
       stock.failures++
       stock.retryAt = performance.now() + Math.min(maxBackoffMs, backoffMs * 2 ** stock.failures)
     } finally {
-      stock.making--
+      this.#making = false
       this.#refillSoon()
     }
   }
@@ -242,7 +243,21 @@ export class Pool {
     for (const [sandbox, kind] of this.#blanks) if (kind === key) this.drop(sandbox)
   }
 
+  #blanksOf(key: string): number {
+    let held = 0
+    for (const kind of this.#blanks.values()) if (kind === key) held++
+    return held
+  }
+
+  #hasSurplus(): boolean {
+    for (const sandbox of this.#idle) if (!this.#isKept(sandbox)) return true
+    return false
+  }
+
+  /** The only blank of its kind, or one of those that were asked to be kept. */
   #isKept(sandbox: Sandbox): boolean {
+    const kind = this.#blanks.get(sandbox)
+    if (kind !== undefined) return this.#blanksOf(kind) === 1
     const stock = sandbox.programKey === undefined ? undefined : this.#programs.get(sandbox.programKey)
     if (stock === undefined) return false
     let held = 0
@@ -255,8 +270,11 @@ export class Pool {
     for (const [key, stock] of this.#kinds)
       if (now - stock.askedAt > this.#options.blankMs) this.#forgetKind(key)
     for (const sandbox of this.#idle) {
-      if (this.#blanks.has(sandbox) || now - sandbox.idleSince < this.#options.warmMs) continue
-      if (!this.#isKept(sandbox)) this.drop(sandbox)
+      if (this.#blanks.has(sandbox)) continue
+      // Also of one that is kept: the addresses behind the names that it may reach were looked up when it was made.
+      const isOld = now - sandbox.madeAt > maxAgeMs
+      const isUnused = now - sandbox.idleSince >= this.#options.warmMs && !this.#isKept(sandbox)
+      if (isOld || isUnused) this.drop(sandbox)
     }
     this.#refillSoon()
   }
@@ -267,7 +285,7 @@ export class Pool {
     return memory
   }
 
-  /** Within number and memory: the longest idle first, those that were asked to be kept last. */
+  /** Within number and memory: the longest idle first, those that are to be kept last. */
   #trim(): void {
     let memory = this.#idleMb()
     for (const kept of [false, true])

@@ -51,7 +51,7 @@ export class Sandbox {
 
   /** Talks to the shim that is its process, or will be. */
   attach(): Shim {
-    this.shim = new Shim(this.box)
+    this.shim = new Shim(this.box, () => void this.kill())
     return this.shim
   }
 
@@ -72,9 +72,9 @@ export class Sandbox {
     await this.#sleep
   }
 
-  /** Every process of it is dead when this settles. */
-  kill(): Promise<void> {
-    return this.box.kill()
+  /** Every process of it is dead when this settles, as far as they can be killed. Never rejects. */
+  async kill(): Promise<void> {
+    await this.box.kill().catch(() => {})
   }
 
   /** Nothing of it is left when this settles. Never rejects; safe more than once. */

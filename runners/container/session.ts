@@ -3,13 +3,20 @@ import { FrameError } from '../../shared/frames.ts'
 import { kinds, type Message } from '../../shared/guest.ts'
 import type { Cause, LogLine, Start, Usage } from '../../shared/workload.ts'
 import { Traffic } from '../guest/traffic.ts'
-import { inlineResponseBytes, type Job, type Outcome, type Prepared, type RunEvents } from '../runner.ts'
+import {
+  type Failed,
+  inlineResponseBytes,
+  type Job,
+  type Outcome,
+  type Prepared,
+  type RunEvents,
+} from '../runner.ts'
 import { ArchiveError } from './archives.ts'
 import { type CommandEnd, runCommand } from './command.ts'
 import { BoxError, type Exit, ImageError } from './engine.ts'
 import { BuildFailed } from './go.ts'
 import type { Gone, Occupant } from './handler.ts'
-import { answered, inputOf, problem } from './http-json.ts'
+import { answered, type Entered, inputOf, problem } from './http-json.ts'
 import {
   blankKey,
   fitsBlank,
@@ -108,7 +115,8 @@ export class Attempt implements Prepared {
     this.#seat.then(
       ({ sandbox }) => {
         const isUsed = sandbox.shim !== undefined && sandbox.shim.runs > 0
-        const isPrepared = sandbox.shim !== undefined && fitsBlank(this.#job)
+        // Started before the job ran: the program is in it, and nothing else of the job’s.
+        const isPrepared = sandbox.shim !== undefined
         if (!isUsed && !isPrepared) return this.#close(sandbox)
         if (!isUsed) sandbox.warmKey = undefined
         this.#pool.giveBack(sandbox)
@@ -154,10 +162,10 @@ export class Attempt implements Prepared {
   /** A box that is there already, with the program put into it. */
   async #pooled({ language }: HandlerRoute): Promise<Sandbox | undefined> {
     const job = this.#job
-    if (!fitsBlank(job)) return undefined
     const program = programKey(job)
     const prepared = this.#pool.takePrepared(program)
     if (prepared !== undefined && (await this.#wake(prepared))) return prepared
+    if (!fitsBlank(job)) return undefined
     const { limits } = job
     const blank = this.#pool.takeBlank(blankKey(language, limits), blanks, () =>
       this.#workshop.blank(language, limits),
@@ -192,7 +200,14 @@ export class Attempt implements Prepared {
     const job = this.#job
     const byHttp = job.http !== undefined && !(seat.kind === 'handler' && seat.route.language === 'node')
     if (!byHttp) return await this.#runOnce(seat, job, signal, events)
-    const entered = await orAborted(inputOf(job.http!), signal)
+    let entered: Entered | 'stopped'
+    try {
+      entered = await orAborted(inputOf(job.http!), signal)
+    } catch (error) {
+      // As for code that reads the body itself: whoever sent it has broken it off.
+      this.#giveBack(seat)
+      return { ...failure(error), cause: 'user_error' }
+    }
     if (entered === 'stopped') {
       this.#giveBack(seat)
       return { status: 'stopped', ...nothingRan }
@@ -547,7 +562,7 @@ const stopMessage = (reason: unknown): string =>
   typeof reason === 'string' ? `the workload was stopped: ${reason}` : 'the workload was stopped'
 
 /** The box could not be made or started: whose doing that is. */
-function failure(error: unknown): Outcome {
+function failure(error: unknown): Failed {
   const { message } = error as Error
   return {
     status: 'failed',

@@ -1,46 +1,19 @@
 /** One sandbox: a process of runsc with all that hangs on it. */
-import { type ChildProcess, spawn } from 'node:child_process'
-import { closeSync, readFileSync, rmSync } from 'node:fs'
-import { mkdir, rm, writeFile } from 'node:fs/promises'
+import type { ChildProcess } from 'node:child_process'
+import { readFileSync } from 'node:fs'
+import { rm } from 'node:fs/promises'
 import type { Socket } from 'node:net'
 import { basename, join } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { finished } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type Box, BoxError, type BoxLimits, type BoxSpec, type BoxUsage, type Exit } from '../engine.ts'
+import { type Box, BoxError, type BoxLimits, type BoxUsage, type Exit } from '../engine.ts'
+import { type GvisorSpec, type Host, writeBundle } from './bundle.ts'
 import type { Cgroup, CgroupLimits, CgroupUsage } from './cgroups.ts'
-import { created, mebibyte, runtimeConfig, started } from './config.ts'
-import { launchArgs, launcher, logFile, overlaidRoot, type Platform, panicFile } from './launch.ts'
-import { openPipe, type Pipe, type PipeStock } from './pipes.ts'
-import { programsEnv } from './programs.ts'
+import { created, mebibyte, started } from './config.ts'
+import { launchArgs, logFile, panicFile } from './launch.ts'
 import { fatal, isLost, startError } from './report.ts'
-import { hasAll, hostsFile, resolvFile } from './root.ts'
-
-/** What boxes of one engine share. */
-export interface Host {
-  runsc: string
-  platform: Platform
-  /** Boxes have their directories and groups below these. */
-  dir: string
-  cgroup: Cgroup
-  pipes: PipeStock
-  /** /etc/hosts and /etc/resolv.conf of boxes without a network. */
-  hosts: string
-  resolvConf: string
-}
-
-/** A directory of the host in which the box may make Unix sockets that the host connects to. */
-export interface Sockets {
-  /** Absolute, on the host; the box’s user must be able to write there. */
-  source: string
-  /** Absolute, in the box. */
-  target: string
-}
-
-export type GvisorSpec = BoxSpec & {
-  /** The seam for services: whatever listens on a socket there can be reached from the host, without any network. */
-  sockets?: Sockets
-}
+import { readers, spawnWithPipes } from './spawn.ts'
 
 /** A sandbox that is not complete, or has not started its process, after so many ms is given up. */
 const createMs = 30_000
@@ -75,7 +48,7 @@ export class GvisorBox implements Box {
   readonly stdout: Socket
   readonly stderr = new PassThrough()
   readonly exited: Promise<Exit>
-  readonly #spec: BoxSpec
+  readonly #spec: GvisorSpec
   readonly #dir: string
   readonly #cgroup: Cgroup
   readonly #child: ChildProcess
@@ -367,60 +340,6 @@ export class GvisorBox implements Box {
     this.#usage = this.#cgroup.usage() ?? this.#usage
     return this.#usage
   }
-}
-
-type Ours = [stdin: Socket, stdout: Socket, stderr: Socket, status: Socket, gate: Socket]
-const readers = ['them', 'us', 'us', 'us', 'them'] as const
-
-/** Throws where there are no descriptors left. */
-function spawnWithPipes(paths: string[], args: string[]): { child: ChildProcess; ours: Ours } {
-  const pipes: Pipe[] = []
-  try {
-    for (const [index, reader] of readers.entries()) pipes.push(openPipe(paths[index]!, reader))
-    const child = spawn(launcher, args, {
-      // Its own session: a terminal’s Ctrl-C is for the runner.
-      detached: true,
-      cwd: '/',
-      env: programsEnv,
-      stdio: pipes.map(({ theirs }) => theirs),
-    })
-    return { child, ours: pipes.map(({ ours }) => ours) as Ours }
-  } catch (error) {
-    for (const { ours } of pipes) ours.destroy()
-    for (const path of paths) rmSync(path, { force: true })
-    throw error
-  } finally {
-    for (const { theirs } of pipes) closeSync(theirs)
-  }
-}
-
-/** Writes what runsc reads. Resolves to the image’s root where something must be laid over it. */
-async function writeBundle(
-  host: Host,
-  dir: string,
-  spec: GvisorSpec,
-  root: string,
-): Promise<string | undefined> {
-  await mkdir(dir)
-  const { network, sockets, limits } = spec
-  const mounts = sockets === undefined ? spec.mounts : [...spec.mounts, { ...sockets, readonly: false }]
-  let { hosts, resolvConf } = host
-  const files = new Map<string, string>()
-  if (network !== undefined) {
-    hosts = join(dir, 'hosts')
-    resolvConf = join(dir, 'resolv.conf')
-    files.set(hosts, hostsFile(network.hosts)).set(resolvConf, resolvFile(network.nameservers))
-  }
-  const kib = limits.memoryMb * 1024
-  files.set(join(dir, 'meminfo'), `MemTotal: ${kib} kB\nMemFree: ${kib} kB\nMemAvailable: ${kib} kB\n`)
-  const isWhole = await hasAll(root, spec.cwd, mounts)
-  const config = runtimeConfig({
-    spec: { ...spec, mounts },
-    ...{ root: isWhole ? root : overlaidRoot(dir), dir, hosts, resolvConf },
-  })
-  files.set(join(dir, 'config.json'), JSON.stringify(config))
-  await Promise.all([...files].map(([file, text]) => writeFile(file, text)))
-  return isWhole ? undefined : root
 }
 
 async function clear(cgroup: Cgroup, dir: string): Promise<void> {

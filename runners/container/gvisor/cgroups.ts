@@ -95,13 +95,23 @@ export class Cgroup {
 
   /** Makes it and its parents so that groups below it can be limited. */
   async makeParent(): Promise<void> {
-    await this.make()
-    const { version, mount } = this.#hierarchy
-    if (version === 1) return
+    for (let tries = 1; ; tries++)
+      try {
+        await this.make()
+        if (this.#hierarchy.version === 2) await this.#delegate()
+        return
+      } catch (error) {
+        // Another process has just removed the parent, which was empty.
+        if ((error as NodeJS.ErrnoException).code !== 'ENOENT' || tries === 3) throw error
+      }
+  }
+
+  /** Of version 2: a controller has to be let down step by step. */
+  async #delegate(): Promise<void> {
     const enable = delegated.map((name) => `+${name}`).join(' ')
     const steps = this.path.split('/').filter(Boolean)
     for (let depth = 0; depth <= steps.length; depth++) {
-      const file = join(mount, ...steps.slice(0, depth), 'cgroup.subtree_control')
+      const file = join(this.#hierarchy.mount, ...steps.slice(0, depth), 'cgroup.subtree_control')
       const present = (await readFile(file, 'utf8')).trim().split(' ')
       if (!delegated.every((name) => present.includes(name))) await writeFile(file, enable)
     }
@@ -254,6 +264,10 @@ export class Cgroup {
         // The last process in it has ended, and is not yet taken out.
         if (error.code !== 'EBUSY' || performance.now() > until) throw error
       }
+  }
+
+  async removeIfEmpty(): Promise<void> {
+    await Promise.allSettled(this.#dirs.map((dir) => rmdir(dir)))
   }
 
   /** Kills and removes it and all below it. Throws where something resists. */

@@ -6,7 +6,8 @@ import { promisify } from 'node:util'
 import type { LimitReport } from '../../../shared/backends.ts'
 import { BoxError, type Engine, type EngineOptions } from '../engine.ts'
 import { findProgram } from '../images/processes.ts'
-import { GvisorBox, type GvisorSpec, type Host } from './box.ts'
+import { GvisorBox } from './box.ts'
+import type { GvisorSpec, Host } from './bundle.ts'
 import { Cgroup, findHierarchy } from './cgroups.ts'
 import type { Platform } from './launch.ts'
 import { recordOwner, removeDeadOwners, removeOwner } from './owners.ts'
@@ -15,14 +16,14 @@ import { probeLimits, trialImage } from './probe.ts'
 import { programsEnv } from './programs.ts'
 import { hostsFile, resolvFile } from './root.ts'
 
-export type { GvisorSpec, Sockets } from './box.ts'
+export type { GvisorSpec, Sockets } from './bundle.ts'
 
 export interface GvisorOptions extends EngineOptions {
   /** Path of runsc; looked for where Debian has programs where it is left out. */
   runsc?: string
   /** Tried in this order; systrap is faster, and works on fewer kernels. */
   platforms?: readonly Platform[]
-  /** Path of the control group that those of all owners are in; it stays. */
+  /** Path of the control group that those of all owners are in. */
   cgroupParent?: string
 }
 
@@ -51,6 +52,7 @@ export async function createGvisor(options: GvisorOptions): Promise<GvisorEngine
   await mkdir(stateDir, { recursive: true, mode: 0o700 })
   await using scope = new AsyncDisposableStack()
   await recordOwner(stateDir, owner, cgroup.path)
+  scope.defer(() => new Cgroup(hierarchy, cgroupParent).removeIfEmpty())
   scope.defer(() => removeOwner(stateDir, hierarchy, { name: owner, cgroup: cgroup.path }))
   await removeDeadOwners(stateDir, hierarchy)
   await cgroup.makeParent().catch((error) => {

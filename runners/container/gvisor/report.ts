@@ -21,7 +21,7 @@ export const fatal = (log: string): string | undefined => /FATAL ERROR: (.*)/.ex
 /** What the loader of gVisor says of a command that is no program. */
 const notThere =
   /error finding executable|failed to load .*: no such file or directory|failed to load .*: not a directory/
-const notExecutable = /failed to load .*: (permission denied|exec format error|is a directory|.*)$/
+const notExecutable = /failed to load .*: (.*)$/
 const noDirectory = /(?:working directory|chdir|cwd).*: (.*)$/
 
 /** Why the user’s process could not be started. */

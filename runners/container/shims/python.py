@@ -366,8 +366,8 @@ class Shim:
 
     def run(self, run):
         if self.handler is None:
-            os.environ.update(run.ctx.env)
             try:
+                os.environ.update(run.ctx.env)
                 self.handler = load(run.header)
                 self.with_context = takes_context(self.handler)
             except InvalidCode as error:

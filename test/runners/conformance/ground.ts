@@ -2,6 +2,7 @@
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { type OfferedIsolation, runnerName } from '../../../scripts/isolations.ts'
 import type { Platform } from '../../../scripts/platform.ts'
 import { startTime } from '../../../scripts/process-identity.ts'
 import type { Backend } from '../../../shared/backends.ts'
@@ -102,6 +103,11 @@ export class Ground implements AsyncDisposable {
     // The last word of one that was killed stands for a while.
     const lives = ({ pid }: { pid: number }) => pid !== other && startTime(pid) !== undefined
     return until('a live runner', async () => (await this.backend()).runners.find(lives)?.pid, 60_000)
+  }
+
+  /** The last lines of the runner, over all its lives. */
+  lastWords(): readonly string[] {
+    return this.platform.supervisor.lastLines(runnerName(this.isolation as OfferedIsolation))
   }
 
   /** The spec that runs a program. */

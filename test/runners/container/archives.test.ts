@@ -1,3 +1,4 @@
+import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { existsSync, lstatSync, readdirSync, readFileSync, readlinkSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
@@ -8,6 +9,7 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { ArchiveError, Archives, archiveLimits, linkInto } from '../../../runners/container/archives.ts'
 import { type TarEntry, tarOf, tgzOf, zipOf } from '../../gateway/archives.ts'
+import { skip } from '../../harness.ts'
 import { archive, sleep } from './jobs.ts'
 
 async function open(budgetMb = 100, limits = archiveLimits) {
@@ -147,13 +149,12 @@ test('directories that no entry names count too', async () => {
 test('links that send whoever follows them round and round are given up', async () => {
   // Each leads through the one before it, and makes its way long.
   const round = 'd/../'.repeat(16)
-  const links = Array.from({ length: 2_000 }, (_, i): TarEntry => {
+  const links = Array.from({ length: 200 }, (_, i): TarEntry => {
     const before = i % 40
-    return { path: `l${i}`, type: 'SymbolicLink', linkpath: before === 0 ? `${round}d` : `${round}l${i - 1}` }
+    return { path: `l${i}`, type: 'SymbolicLink', linkpath: `${round}${before === 0 ? 'd' : `l${i - 1}`}` }
   })
-  const start = performance.now()
-  assert.match(await refusedTar({ path: 'd/', type: 'Directory' }, ...links), /lead too far/)
-  assert.ok(performance.now() - start < 60_000)
+  const all = tarOf([{ path: 'd/', type: 'Directory' }, ...links])
+  assert.match(await refused(all, { ...archiveLimits, lookups: 10_000 }), /lead too far/)
 })
 
 test('a second compression is found where the first piece is too short to show it', async () => {
@@ -179,6 +180,28 @@ test('archives that are refused leave no descriptors', async () => {
   }
   await sleep(300)
   assert.ok(open() < before + 5, `${before} before, ${open()} now`)
+})
+
+const roomTest = process.getuid?.() === 0 ? test : (name: string) => skip(test, name, 'only root can mount')
+roomTest('a full disk is said in the middle of a file, and the next try is another', async () => {
+  const small = await mkdtemp(join(tmpdir(), 'vulcan-archives-'))
+  execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', small])
+  try {
+    await using archives = new Archives(join(small, 'archives'), 100)
+    const zeros = Buffer.alloc(9_000_000)
+    for (const bytes of [
+      tgzOf({ zeros, x: 'x' }),
+      zipOf([{ path: 'zeros', text: zeros }]),
+      tgzOf({ zeros, x: 'x' }),
+    ]) {
+      const code = await archives.get(archive(bytes)).catch((error) => error.code)
+      assert.is(code, 'ENOSPC')
+    }
+    using _ = await archives.get(archive(tgzOf({ x: 'x' })))
+  } finally {
+    execFileSync('umount', [small])
+    await rm(small, { recursive: true })
+  }
 })
 
 test('archives of many empty files take room too', async () => {

@@ -60,6 +60,7 @@ for (const [what, hierarchy] of hierarchies) {
     for (const door of parent.doors) assert.not(existsSync(door))
     assert.equal(parent.pids(), [])
     await parent.removeTree()
+    await new Cgroup(hierarchy, cgroupParent).removeIfEmpty()
   })
 }
 

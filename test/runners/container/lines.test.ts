@@ -1,6 +1,8 @@
+import { PassThrough } from 'node:stream'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { LineSplitter } from '../../../runners/container/lines.ts'
+import { LineSplitter, Pace } from '../../../runners/container/lines.ts'
 import { markOf } from '../../../runners/container/protocol.ts'
 
 function split(chunks: (string | Buffer)[]): string[] {
@@ -36,6 +38,20 @@ test('a line without end holds no more memory than a line', () => {
   assert.is(seen.length, 2)
   assert.match(seen[0]!, new RegExp(`it had ${200 * 64 * 1024} bytes`))
   assert.is(seen[1], 'next')
+})
+
+test('a flood of lines is paid for, also where it comes as one piece', async () => {
+  const stream = new PassThrough({ highWaterMark: 2 ** 22 })
+  const pace = new Pace(stream)
+  let count = 0
+  const lines = new LineSplitter(() => count++)
+  stream.on('data', (chunk: Buffer) => pace.spend(lines.push(chunk)))
+  for (let i = 0; i < 100; i++) stream.write(Buffer.alloc(64 * 1024, '\n'))
+  await sleep(2_000)
+  stream.destroy()
+  assert.ok(count >= 64 * 1024)
+  // Without a hold it would be all 6.5 million; two seconds carry 160,000.
+  assert.ok(count < 600_000, `${count} lines`)
 })
 
 test('a character is not cut in two', () => {

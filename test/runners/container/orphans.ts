@@ -121,7 +121,10 @@ export async function orphans(isolation: Isolation, plan: Omit<OrphanPlan, 'log'
   }
   test(name, async () => {
     await using _ = ground
-    const report = await runOrphans(ground, { ...plan, log: console.log })
+    const report = await runOrphans(ground, { ...plan, log: console.log }).catch((error) => {
+      console.log(ground.lastWords().join('\n'))
+      throw error
+    })
     console.log({ ...report, audit: { ...report.audit, records: report.audit.records.size } })
     assert.is(report.accepted, plan.runs)
     assert.is(report.kills, plan.kills)
@@ -173,7 +176,8 @@ async function runOrphans(ground: Ground, plan: OrphanPlan): Promise<OrphanRepor
       report.accepted++
       if (kind.killedAfterMs !== undefined) {
         await delay(kind.killedAfterMs * random())
-        await ground.kill(id)
+        // Whoever is told to ask again does.
+        while ((await ground.kill(id)).ended_at == null) await delay(200)
       }
       note(await ground.ended(id, 300_000), kind)
       over++
@@ -213,8 +217,7 @@ async function runOrphans(ground: Ground, plan: OrphanPlan): Promise<OrphanRepor
       log(`kill ${report.kills}/${plan.kills} of ${pid}, ${over} of ${plan.runs} have ended`)
     }
   })()
-  await killing
-  await working
+  await Promise.all([killing, working])
   log(`all ${report.accepted} have ended`)
   report.orphans = await ground.census.orphans(await ground.runnerPid())
   report.audit = await audit(ground.platform.natsUrl)
