@@ -63,6 +63,9 @@ const RunnerConfig = CommonConfig.extend({
 
 type RunnerConfig = z.infer<typeof RunnerConfig>
 
+/** An isolation that is not available is tried again every so many ms. */
+const probeAgainMs = 15_000
+
 interface Offer {
   probe(config: RunnerConfig): Promise<Probe>
   create(config: RunnerConfig): Promise<Runner>
@@ -120,16 +123,9 @@ const stop = stopSignal()
 const { replicas, ackWaitMs } = config.topology
 const slotCount = offer.slots(config)
 
-const probing = offer.probe(config).catch((error: Error): Probe => {
-  log.error({ err: error }, 'the host could not be tried out')
-  return { available: false, reason: error.message, fix: 'see the log of the runner' }
-})
+const probing = tryOut(offer)
 await using bus = await Bus.connect({ url: config.natsUrl, name: runnerId }, stop)
-const probe = await probing
-if (!probe.available) {
-  log.error({ reason: probe.reason, fix: probe.fix }, 'isolation unavailable')
-  await announceUnavailable(bus, { runnerId, isolation: isolation.data, replicas }, probe, stop)
-} else {
+if (await untilAvailable(offer, isolation.data, await probing)) {
   const box = await SecretBox.open(secretKeyOf(config))
   const [blobs, secrets, registry, meters] = await openStores(box)
   using _stores = {
@@ -156,6 +152,34 @@ if (!probe.available) {
     },
     stop,
   )
+}
+
+async function tryOut(offer: Offer): Promise<Probe> {
+  try {
+    return await offer.probe(config)
+  } catch (error) {
+    log.error({ err: error }, 'the host could not be tried out')
+    return { available: false, reason: (error as Error).message, fix: 'see the log of the runner' }
+  }
+}
+
+/** Tells why it is not there, and tries again: a busy host, or an Engine that restarts, is so for a while only. */
+async function untilAvailable(offer: Offer, isolation: Isolation, probe: Probe): Promise<boolean> {
+  while (!probe.available) {
+    const { reason, fix } = probe
+    log.error({ reason, fix }, 'isolation unavailable')
+    const changed = new AbortController()
+    const until = AbortSignal.any([stop, changed.signal])
+    const announced = announceUnavailable(bus, { runnerId, isolation, replicas }, probe, until)
+    while (!stop.aborted && !probe.available && probe.reason === reason) {
+      await delay(probeAgainMs, undefined, { signal: stop }).catch(() => {})
+      if (!stop.aborted) probe = await tryOut(offer)
+    }
+    changed.abort()
+    await announced
+    if (stop.aborted) return false
+  }
+  return true
 }
 
 async function openStores(box: SecretBox) {
