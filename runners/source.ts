@@ -20,15 +20,7 @@ export class Refusal extends Error {
 /** Where a program comes from: the fields of a spec, and the text of a deployed function where it has one. */
 export type ProgramSpec = Pick<
   WorkloadSpec,
-  | 'code'
-  | 'archive'
-  | 'image'
-  | 'runtime'
-  | 'entrypoint'
-  | 'limits'
-  | 'network'
-  | 'working_dir'
-  | 'user'
+  'code' | 'archive' | 'image' | 'runtime' | 'entrypoint' | 'limits' | 'network' | 'working_dir' | 'user'
 > & {
   bundle: Accepted['bundle']
   /** `user:password` of the image’s registry. */

@@ -136,6 +136,9 @@ const LabelName = z
   .string()
   .regex(/^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$/, 'must be 1 to 63 of A–Z a–z 0–9 . _ / -')
 
+/** Programs are given text that ends at the first NUL: the rest would be lost without a word. */
+const NoNul = z.string().regex(/^[^\0]*$/, 'must not contain NUL')
+
 /** The fields of a spec, each by itself. Unknown ones are refused. */
 export const SpecFields = z.strictObject({
   isolation: IsolationChoice.default('auto'),
@@ -145,9 +148,7 @@ export const SpecFields = z.strictObject({
   image: z.union([z.string().min(1).max(512), z.strictObject({ blob: Digest })]).optional(),
   /** Name of the secret with `user:password` for the registry that `image` names. */
   image_auth: EnvName.optional(),
-  entrypoint: z
-    .union([z.string().min(1).max(1024), z.array(z.string().max(32_768)).min(1).max(256)])
-    .optional(),
+  entrypoint: z.union([NoNul.min(1).max(1024), z.array(NoNul.max(32_768)).min(1).max(256)]).optional(),
   /** Of containers and microVMs: absolute; the image’s own, or the root of the archive, where it is left out. */
   working_dir: z
     .string()
@@ -163,7 +164,7 @@ export const SpecFields = z.strictObject({
     )
     .optional(),
   input: z.unknown().optional(),
-  env: z.record(EnvName, z.string().max(32_768)).default({}),
+  env: z.record(EnvName, NoNul.max(32_768)).default({}),
   secrets: z.array(EnvName).max(64).default([]),
   limits: Limits.prefault({}),
   network: z

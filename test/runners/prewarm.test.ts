@@ -111,6 +111,27 @@ test('what a call without a ref means is kept warm: at the start, after a deploy
   assert.is(on.warm()['never 1'], undefined)
 })
 
+test('of containers the same code is kept for each network and user that it is to have', async () => {
+  await using on = await world()
+  using _ = on.start('gvisor')
+  const source = await on.blobs.put(Buffer.from('files'))
+  const made = { isolation: 'gvisor' as const, bundle: null, source, runtime: 'node' as const }
+  await deploy(on, 'none', 1, { prewarm: 1, user: '1234' }, { made })
+  await deploy(on, 'some', 2, { prewarm: 2, network: { egress: ['db.test:5432'] } }, { made })
+  await until('both', () => on.calls.length === 2 || undefined)
+  assert.equal(
+    on.programs.map(({ egress, user }) => [egress, user]),
+    [
+      ['none', '1234'],
+      [['db.test:5432'], undefined],
+    ],
+  )
+  assert.equal(
+    on.calls.map(({ count }) => count),
+    [1, 2],
+  )
+})
+
 test('each change is told once, with the limits of the version', async () => {
   await using on = await world()
   using _ = on.start()

@@ -22,7 +22,7 @@ const ackWaitMs = 5_000
 /** Fields of a spec beside program and language. */
 export interface Fields {
   input?: unknown
-  limits?: Partial<Workload['receipt'] & object>['limits'] | Record<string, number>
+  limits?: Record<string, number>
   [field: string]: unknown
 }
 

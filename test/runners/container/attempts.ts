@@ -28,7 +28,7 @@ interface Attempt {
 
 /** Fits every language, and a host that has little. */
 const memory_mb = 96
-const quick = { timeout_s: 4, memory_mb }
+const quick = { timeout_s: 3, memory_mb }
 const patient = { timeout_s: 60, memory_mb }
 
 const forks = `import os, time
@@ -206,7 +206,7 @@ def handler(input, ctx):
         open(f'/tmp/{n}', 'w').close()
         n += 1
 `,
-    fields: { limits: { ...quick, timeout_s: 8 } },
+    fields: { limits: quick },
     ends: ['timeout', 'oom', 'user_error'],
   },
   {
@@ -373,7 +373,7 @@ export async function attempts(isolation: Isolation): Promise<void> {
 
   for (const { name, language, program, fields, ends, says, check } of table)
     when(`${name}: ${ends.join(' or ')}`, undefined, async () => {
-      const bystander = await ground.begin(shell, shell.programs.sleeps, { input: 2 })
+      const bystander = await ground.begin(shell, shell.programs.sleeps, { input: 1 })
       const ended = await ground.run(language, program, fields)
       const end = ended.status === 'completed' ? ended.status : ended.cause
       assert.ok(ends.includes(end!), `${end}: ${JSON.stringify(ended.error)}`)

@@ -18,7 +18,7 @@ import type { Runner } from '../../../runners/runner.ts'
 import { cacheDirectory } from '../../../scripts/cache-directory.ts'
 import { type TarEntry, tarOf, tgzOf } from '../../gateway/archives.ts'
 import { skip } from '../../harness.ts'
-import { archive, failure, output, run, sleep } from './jobs.ts'
+import { archive, failure, job, output, run, sleep } from './jobs.ts'
 
 const dir = await mkdtemp(join(tmpdir(), 'vulcan-handlers-'))
 const options: ContainerOptions = {
@@ -89,6 +89,31 @@ onGvisor('a box made ahead takes an archive', async () => {
     await sleep(500)
   }
   assert.is(start, 'pooled')
+})
+
+onGvisor('new code finds a blank however many came before it', async () => {
+  const starts: string[] = []
+  for (let n = 0; n < 10; n++) {
+    // The first ones come while blanks are in the making.
+    const { outcome } = await run(runner, `export default () => 'new ${n}'`)
+    starts.push(outcome.start)
+    await sleep(n < 4 ? 130 : 2_000)
+  }
+  assert.equal(starts.slice(6), ['pooled', 'pooled', 'pooled', 'pooled'])
+})
+
+onGvisor('a box that was kept ready for code with a network has that network', async () => {
+  if (!runner.capabilities.egress.includes('all')) return
+  const source = 'import os from "node:os"; export default () => Object.keys(os.networkInterfaces())'
+  const egress = 'all' as const
+  runner.prewarm(job(source, { egress }), 1)
+  await sleep(5_000)
+  const open = await run(runner, source, { egress, env: { A: '1' } })
+  assert.is(open.outcome.start, 'pooled')
+  assert.is(open.outcome.status === 'completed' && JSON.parse(open.outcome.output).length, 2)
+  runner.prewarm(job(source, { egress }), 0)
+  const closed = await run(runner, source)
+  assert.is(closed.outcome.status === 'completed' && closed.outcome.output, '["lo"]')
 })
 
 onGvisor('a warm box is frozen, and thaws with its state', async () => {

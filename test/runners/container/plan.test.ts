@@ -116,6 +116,8 @@ test('limits: a command’s result fits, a handler’s files are bounded by the 
   const limits = { ...job('x').limits, disk_mb: 1, output_mb: 2 }
   assert.is(boxLimits(limits, 'handler').fileBytes, 1_048_576)
   assert.is(boxLimits(limits, 'command').fileBytes, 2 * 1_048_576 + 1)
+  // A command’s result lies on the host’s disk, whatever the size of /tmp.
+  assert.is(boxLimits({ ...limits, disk_mb: 65_536 }, 'command').fileBytes, 2 ** 30)
 })
 
 test('boxes are used again for the same code, limits, environment and user only', () => {

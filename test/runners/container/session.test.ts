@@ -8,7 +8,7 @@ import * as assert from 'uvu/assert'
 import { OwnFiles } from '../../../runners/container/files.ts'
 import { tgzOf } from '../../gateway/archives.ts'
 import { archive, failure, job, output, run, sleep } from './jobs.ts'
-import { localRunner, localTest } from './local-engine.ts'
+import { LocalBox, localRunner, localTest } from './local-engine.ts'
 
 const counter = 'let n = 0; export default () => ++n'
 
@@ -106,6 +106,55 @@ localTest('a job that is given up leaves its box, and none of its code has run',
   assert.is(outcome.status, 'stopped')
 })
 
+localTest('a box made for another user is used for its jobs alone', async () => {
+  await using local = await localRunner()
+  const { runner, engine } = local
+  const source = 'export default () => process.getuid()'
+  runner.prewarm(job(source, { user: '1234' }), 1)
+  const isMade = () => engine.boxes.some(({ spec }) => spec.user.uid === 1234)
+  await until('one with that user', isMade)
+  await sleep(1_000)
+  assert.is((await run(runner, source)).outcome.start, 'pooled')
+  const { outcome } = await run(runner, source, { user: '1234' })
+  assert.equal([outcome.start, outcome.status === 'completed' && outcome.output], ['pooled', '1234'])
+})
+
+localTest('blanks go on being made when others are asked for in the meantime', async () => {
+  await using local = await localRunner()
+  const { runner } = local
+  // Some of them come while a blank is in the making.
+  for (let i = 0; i < 20; i++) {
+    void run(runner, `export default () => 'early ${i}'`)
+    await sleep(37)
+  }
+  await sleep(3_000)
+  for (const n of [1, 2, 3]) {
+    assert.is((await run(runner, `export default () => 'late ${n}'`)).outcome.start, 'pooled')
+    await sleep(1_500)
+  }
+})
+
+localTest('where all places are taken a blank pushes out what was idle longest', async () => {
+  await using local = await localRunner({ count: 4 })
+  const { runner } = local
+  for (let i = 0; i < 8; i++) await output(runner, `${counter} // ${i}`)
+  await sleep(2_000)
+  assert.is((await run(runner, `${counter} // new`)).outcome.start, 'pooled')
+  await sleep(1_500)
+  assert.is((await run(runner, `${counter} // newer`)).outcome.start, 'pooled')
+  assert.is(await output(runner, `${counter} // new`), 2)
+})
+
+localTest('more than there are places for is not made again and again', async () => {
+  await using local = await localRunner({ count: 3 })
+  const { runner, engine } = local
+  runner.prewarm(job(counter), 6)
+  await sleep(3_000)
+  const made = engine.boxes.length
+  await sleep(3_000)
+  assert.is(engine.boxes.length, made)
+})
+
 localTest('idle boxes go by number and by age', async () => {
   await using local = await localRunner({ count: 3, warmMs: 1_500 })
   const { runner } = local
@@ -142,6 +191,94 @@ localTest('a box that somebody kills is a lost runner, idle or at work; the next
   )
   await sleep(300)
   assert.is(await output(runner, counter), 1)
+})
+
+localTest('an error holds nothing of what another call wrote', async () => {
+  await using local = await localRunner()
+  const source = `import { spawnSync } from 'node:child_process'
+    export default (n) => {
+      spawnSync('sh', ['-c', 'echo words of ' + n + ' >&2'], { stdio: 'inherit' })
+      if (n === 2) process.exit(3)
+    }`
+  assert.equal((await run(local.runner, source, { input: 1 })).texts, ['words of 1'])
+  const { error } = await failure(local.runner, source, 'exit_code', { input: 2 })
+  assert.match(error.message, /exit code 3: words of 2$/)
+})
+
+localTest('a box that cannot be killed harms nobody else', async () => {
+  await using local = await localRunner()
+  const { runner, engine } = local
+  const rejections: unknown[] = []
+  const onRejection = (error: unknown) => rejections.push(error)
+  process.on('unhandledRejection', onRejection)
+  try {
+    const waiting = `import { writeSync } from 'node:fs'
+      export default (text) => { console.log('up'); if (text) writeSync(3, text); return new Promise(() => {}) }`
+    const spoil = () => {
+      for (const box of engine.boxes.filter(({ kill }) => kill === LocalBox.prototype.kill)) {
+        const kill = box.kill.bind(box)
+        box.kill = () => kill().then(() => Promise.reject(new Error('it does not die')))
+        box.remove = kill
+      }
+    }
+    const stop = new AbortController()
+    const onLine = () => {
+      spoil()
+      stop.abort('killed')
+    }
+    const { outcome } = await run(runner, waiting, { signal: stop.signal, onLine })
+    assert.is(outcome.status, 'stopped')
+    await failure(runner, waiting, 'runner_lost', { input: 'no frame at all', onLine: spoil })
+    await sleep(500)
+    assert.equal(rejections, [])
+    assert.is(await output(runner, counter), 1)
+  } finally {
+    process.off('unhandledRejection', onRejection)
+  }
+})
+
+localTest('a flood of messages that mean nothing does not take the runner’s time', async () => {
+  await using local = await localRunner()
+  // `stop` of the request’s body, of the run that is the first of its box.
+  const source = `import { writeSync } from 'node:fs'
+    export default () => {
+      const one = Buffer.from([0, 0, 0, 10, 36, 0, 0, 0, 1, 0, 0, 0, 0, 0])
+      const many = Buffer.concat(Array(1_000).fill(one))
+      for (const until = Date.now() + 3_000; Date.now() < until; ) {
+        for (let at = 0; at < many.length; ) {
+          try {
+            at += writeSync(3, many, at)
+          } catch (error) {
+            if (error.code !== 'EAGAIN') throw error
+          }
+        }
+      }
+    }`
+  const before = process.cpuUsage()
+  const { outcome } = await run(local.runner, source, { request: {} })
+  const { user, system } = process.cpuUsage(before)
+  assert.is(outcome.status, 'completed', JSON.stringify(outcome))
+  assert.ok(user + system < 1_200_000, `${(user + system) / 1000} ms of 3 s`)
+})
+
+localTest('a caller who breaks off is no failure of the platform, and costs no box', async () => {
+  await using local = await localRunner()
+  const { runner } = local
+  const source = 'n = 0\ndef handler(i, c):\n    global n\n    n += 1\n    return n'
+  const python = { runtime: 'python' } as const
+  assert.is(await output(runner, source, python), 1)
+  const body = (async function* () {
+    yield Buffer.from('{')
+    throw new Error('the caller is gone')
+  })()
+  const { error } = await failure(runner, source, 'user_error', {
+    ...python,
+    request: { method: 'POST', body },
+  })
+  assert.is(error.message, 'the caller is gone')
+  assert.is(await output(runner, source, python), 2)
+  const nul = await failure(runner, source, 'user_error', { ...python, env: { A: 'a\0b' } })
+  assert.match(nul.error.message, /null byte/)
 })
 
 localTest('oom is told by the kernel’s counter, whatever the exit code, where the run fails', async () => {
