@@ -16,8 +16,10 @@ import { load, summarise } from './load.ts'
 import { ms, Taken } from './table.ts'
 
 const [runs = 15, rounds = 3] = process.argv.slice(2).map(Number)
-/** Of load on warm handlers. */
-const seconds = 3
+/** Load on warm handlers, each in turn so many times a round, for so long. */
+const slices = 4
+const seconds = 1
+const settleMs = 3_000
 /** A box that was taken is replaced within so many ms. */
 const restockMs = 1_500
 
@@ -64,6 +66,14 @@ const taken = new Taken()
 let unique = 0
 const containers = available.filter((isolation) => isolation !== 'isolate')
 for (let round = 0; round < rounds; round++) {
+  // What the round before has left is let go, and what stands ready is made again.
+  await delay(settleMs)
+  for (let slice = 0; slice < slices; slice++)
+    for (const isolation of available) {
+      const call = { origin: url, path: `/fn/double-${isolation}`, body, connections: 1, expect: 200 }
+      await load({ ...call, seconds: 0.3 })
+      taken.keep(`warm ${isolation}`, await load({ ...call, seconds }))
+    }
   for (const isolation of containers) {
     const bare: number[] = []
     const cold: number[] = []
@@ -87,11 +97,6 @@ for (let round = 0; round < rounds; round++) {
     keep(`ready ${isolation}`, ready)
     if (ready.length < runs)
       console.log(`! ${isolation}: for ${runs - ready.length} of ${runs} runs no box stood ready`)
-  }
-  for (const isolation of available) {
-    const call = { origin: url, path: `/fn/double-${isolation}`, body, connections: 1, expect: 200 }
-    await load({ ...call, seconds: 0.5 })
-    taken.keep(`warm ${isolation}`, await load({ ...call, seconds }))
   }
 }
 const share = stolen()

@@ -1,5 +1,5 @@
 /** Which isolation runs a workload, and why. Pure; what is available is given. */
-import type { Ability } from '../shared/backends.ts'
+import type { Ability, Capabilities } from '../shared/backends.ts'
 import { Problem } from '../shared/errors.ts'
 import { Isolation, runtimeOf, type WorkloadSpec } from '../shared/workload.ts'
 
@@ -42,6 +42,12 @@ function beyondIsolates(spec: Routable): string | undefined {
   return undefined
 }
 
+/** What would bring what is missing, where the runner knows. */
+const wayTo = (what: string, { missing }: Capabilities): string => {
+  const found = missing.find(({ wall }) => wall === what)
+  return found === undefined ? '' : `: ${found.fix}`
+}
+
 /** Why a backend cannot take the spec; undefined when it can. */
 function obstacle(spec: Routable, backend: Ability): string | undefined {
   if (!backend.available) return `${backend.isolation} is unavailable: ${backend.reason}; ${backend.fix}`
@@ -51,7 +57,7 @@ function obstacle(spec: Routable, backend: Ability): string | undefined {
   if (can === null) return undefined
   const runtime = runtimeOf(spec)
   if (runtime !== undefined && !can.runtimes.includes(runtime))
-    return `${backend.isolation} runs ${can.runtimes.join(', ')}, not ${runtime}`
+    return `${backend.isolation} runs ${can.runtimes.join(', ')} here, not ${runtime}${wayTo(`runtime ${runtime}`, can)}`
   const egress = Array.isArray(spec.network.egress) ? 'allowlist' : spec.network.egress
   if (!can.egress.includes(egress))
     return `${backend.isolation} offers egress ${can.egress.join(', ')}, not ${egress}`

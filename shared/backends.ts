@@ -21,7 +21,7 @@ export const Capabilities = z
     egress: z.array(z.enum(['none', 'all', 'allowlist'])),
     /** Outer walls in force, such as `bubblewrap`, `node-permissions`. */
     walls: z.array(z.string()),
-    /** Walls that are wanted but not in force, each with what would bring it. */
+    /** Walls that are wanted but not in force, and `runtime python` and the like, each with what would bring it. */
     missing: z.array(z.object({ wall: z.string(), fix: z.string() })),
     /** Version of the engine, such as V8’s. */
     version: z.string(),

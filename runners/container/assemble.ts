@@ -37,6 +37,8 @@ const runtimesOf: Record<RuntimeName, readonly Runtime[]> = {
 }
 const names: readonly RuntimeName[] = ['base', 'node', 'python', 'go']
 const languages = ['node', 'python'] as const
+/** Runtime images that were not there are looked for again every so many ms: the set-up may have built them. */
+const runtimesMs = 10_000
 /** Unpacked archives, and built programs, each get so much of the budget, and at most so many MiB. */
 const shareOfBudget = 0.2
 const maxShareMb = 4_096
@@ -48,13 +50,19 @@ export async function capabilitiesOf({
   noNetworks,
   findRuntime,
 }: Pick<Parts, 'engine' | 'networks' | 'noNetworks' | 'findRuntime'>): Promise<Capabilities> {
-  const found = await Promise.all(names.map(async (name) => ((await findRuntime(name)) ? [name] : [])))
+  const found = await Promise.all(names.map(async (name) => ({ name, image: await findRuntime(name) })))
+  const runtimes = (there: boolean) =>
+    found.filter(({ image }) => (image !== undefined) === there).flatMap(({ name }) => runtimesOf[name])
   return {
-    runtimes: [...found.flat().flatMap((name) => runtimesOf[name]), 'oci'],
+    runtimes: [...runtimes(true), 'oci'],
     egress: networks === undefined ? ['none'] : engine.egress,
     walls: engine.walls,
     missing: [
       ...engine.missing,
+      ...runtimes(false).map((runtime) => ({
+        wall: `runtime ${runtime}`,
+        fix: `npm run setup -- ${runtime === 'go' ? 'go' : 'gvisor'} builds it`,
+      })),
       ...(noNetworks === undefined
         ? []
         : [{ wall: 'network', fix: `${noNetworks.fix} (${noNetworks.reason})` }]),
@@ -89,7 +97,12 @@ export async function assembleRunner(parts: Parts): Promise<Runner> {
     ...parts.pool,
   })
   scope.defer(() => pool.close())
-  const capabilities = await capabilitiesOf(parts)
+  let capabilities = await capabilitiesOf(parts)
+  const looking = setInterval(async () => {
+    if (capabilities.missing.some(({ wall }) => wall.startsWith('runtime ')))
+      capabilities = await capabilitiesOf(parts).catch(() => capabilities)
+  }, runtimesMs).unref()
+  scope.defer(() => clearInterval(looking))
   const limits = Limits.parse({})
   for (const language of languages)
     if (capabilities.runtimes.includes(language))
@@ -98,7 +111,9 @@ export async function assembleRunner(parts: Parts): Promise<Runner> {
   const held = scope.move()
   return {
     isolation: parts.isolation,
-    capabilities,
+    get capabilities() {
+      return capabilities
+    },
     prepare: (job) => new Attempt(workshop, pool, job),
     prewarm: (program, count) => prewarm(workshop, pool, program, count),
     pids: () => workshop.pids(),

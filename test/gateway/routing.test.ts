@@ -161,4 +161,22 @@ test('a wait that is no number of seconds is refused', () => {
     )
 })
 
+test('a runtime that a runner lacks is refused with what brings it', () => {
+  const gvisor = available('gvisor')('gvisor')
+  const bare = {
+    ...gvisor,
+    capabilities: {
+      ...gvisor.capabilities!,
+      runtimes: ['oci' as const],
+      missing: [{ wall: 'runtime python', fix: 'npm run setup -- gvisor builds it' }],
+    },
+  }
+  const spec = WorkloadSpec.parse({ code: 'x', isolation: 'gvisor', runtime: 'python' })
+  assert.throws(
+    () => route(spec, () => bare),
+    (error: Error) =>
+      error.message.includes('gvisor runs oci here, not python: npm run setup -- gvisor builds it'),
+  )
+})
+
 test.run()
