@@ -2,11 +2,12 @@
  * The walls around a build: bubblewrap with namespaces of its own, a read-only root that holds little more than
  * Node, and limits on memory and time. There is no way to build without them.
  */
+
 import { spawn } from 'node:child_process'
-import { existsSync } from 'node:fs'
 import type { Readable } from 'node:stream'
 import { fileURLToPath } from 'node:url'
 import { Problem } from '../../shared/errors.ts'
+import { sharedLibraries } from '../../shared/shared-libraries.ts'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 /** Where our own files stand in the sandbox. */
@@ -46,15 +47,6 @@ export type StepEnd = { stdout: string; stderr: string; code: number | null; tim
 export interface SandboxOptions {
   /** Name or path of bubblewrap. */
   bwrap?: string | undefined
-}
-
-/** The shared libraries that this Node has loaded: what the same Node in the sandbox needs. */
-function sharedLibraries(): string[] {
-  Object.assign(process.report, { excludeNetwork: true })
-  const report = process.report.getReport() as { sharedObjects?: string[] }
-  return (report.sharedObjects ?? []).filter(
-    (path) => path.startsWith('/') && !path.endsWith('.node') && existsSync(path),
-  )
 }
 
 /** What the resolver of the C library reads. */

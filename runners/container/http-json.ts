@@ -2,6 +2,7 @@
  * Calls by HTTP of what only knows JSON, a command or a Python handler: the body is the input, the output is the
  * answer, as `callJson` of the isolate has it.
  */
+import { queryOf } from '../guest/heads.ts'
 import {
   type HttpRequest,
   type HttpResponse,
@@ -47,17 +48,6 @@ async function collect(body: HttpRequest['body']): Promise<Buffer | undefined> {
     pieces.push(piece)
   }
   return Buffer.concat(pieces)
-}
-
-function queryOf(url: string): string {
-  const query: Record<string, string | string[]> = Object.create(null)
-  for (const [name, value] of new URL(url).searchParams) {
-    const present = query[name]
-    if (present === undefined) query[name] = value
-    else if (typeof present === 'string') query[name] = [present, value]
-    else present.push(value)
-  }
-  return JSON.stringify(query)
 }
 
 export const problem = ({ status, title, detail }: Exclude<Entered, { input: unknown }>) => ({

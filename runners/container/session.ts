@@ -2,6 +2,7 @@
 import { FrameError } from '../../shared/frames.ts'
 import { kinds, type Message } from '../../shared/guest.ts'
 import type { Cause, LogLine, Start, Usage } from '../../shared/workload.ts'
+import { nothingRan, round, timestamp } from '../guest/report.ts'
 import { Traffic } from '../guest/traffic.ts'
 import {
   type Failed,
@@ -42,22 +43,6 @@ type Seat =
   | { kind: 'handler'; sandbox: Sandbox; start: Start; route: HandlerRoute }
   | { kind: 'command'; sandbox: Sandbox; start: Start; result: string }
 type HandlerRoute = Extract<Route, { kind: 'handler' }>
-
-const nothingRan = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'cold' as const }
-
-let clockMs = 0
-let clockText = ''
-/** Now as RFC 3339, formatted once per ms. */
-function timestamp(): string {
-  const now = Date.now()
-  if (now !== clockMs) {
-    clockMs = now
-    clockText = new Date(now).toISOString()
-  }
-  return clockText
-}
-
-const round = (amount: number) => Math.round(amount * 1000) / 1000
 
 export class Attempt implements Prepared {
   readonly #workshop: Workshop

@@ -50,3 +50,15 @@ export function readFetchHead(value: unknown): FetchHead {
     body: body as FetchHead['body'],
   }
 }
+
+/** The query of a URL as JSON text: what a JSON handler that is called by GET has for its input. */
+export function queryOf(url: string): string {
+  const query: Record<string, string | string[]> = Object.create(null)
+  for (const [name, value] of new URL(url).searchParams) {
+    const present = query[name]
+    if (present === undefined) query[name] = value
+    else if (typeof present === 'string') query[name] = [present, value]
+    else present.push(value)
+  }
+  return JSON.stringify(query)
+}

@@ -2,6 +2,7 @@
 import { type Message, wholeBytes } from '../../shared/guest.ts'
 import type { LogLevel } from '../../shared/workload.ts'
 import type { EgressGate } from '../egress.ts'
+import { nothingRan, round, timestamp } from '../guest/report.ts'
 import { Traffic } from '../guest/traffic.ts'
 import {
   inlineResponseBytes,
@@ -40,18 +41,6 @@ export interface Seats {
   watch(): void
   /** What a run took of its child’s time and of a core’s, in ms; `wallMs` is what the child says of the first. */
   ran(key: string, ms: number, cpuMs: number, wallMs: number): void
-}
-
-let clockMs = 0
-let clockText = ''
-/** Now as RFC 3339, formatted once per ms. */
-function timestamp(): string {
-  const now = Date.now()
-  if (now !== clockMs) {
-    clockMs = now
-    clockText = new Date(now).toISOString()
-  }
-  return clockText
 }
 
 /** Source text in a language that isolates run. */
@@ -315,10 +304,6 @@ export class Attempt implements Prepared, Occupant {
     this.#pool.giveBack(child)
   }
 }
-
-const nothingRan = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'cold' as const }
-
-const round = (amount: number) => Math.round(amount * 1000) / 1000
 
 function isJson(text: string): boolean {
   try {

@@ -8,7 +8,7 @@ import { randomFillSync } from 'node:crypto'
 import type ivm from 'isolated-vm'
 import type { Message, ResponseHead } from '../../shared/guest.ts'
 import type { Cause } from '../../shared/workload.ts'
-import { readResponseHead } from '../guest/heads.ts'
+import { queryOf, readResponseHead } from '../guest/heads.ts'
 import { InvalidCode, sourceName, stripTypes, syntaxError, userStack } from './compile.ts'
 import { Exchange, type Send, utf8 } from './exchange.ts'
 import { boot, type DoneKind, type Host, type Operation } from './guest/boot.ts'
@@ -529,17 +529,6 @@ const exact = (bytes: Uint8Array): Uint8Array => Uint8Array.prototype.slice.call
 
 /** Text where it is UTF-8, which is cheaper to hand over than bytes. */
 const bodyOf = (bytes: Buffer): string | Uint8Array => (isUtf8(bytes) ? bytes.toString() : exact(bytes))
-
-function queryOf(url: string): string {
-  const query: Record<string, string | string[]> = Object.create(null)
-  for (const [name, value] of new URL(url).searchParams) {
-    const present = query[name]
-    if (present === undefined) query[name] = value
-    else if (typeof present === 'string') query[name] = [present, value]
-    else present.push(value)
-  }
-  return JSON.stringify(query)
-}
 
 /** In steps of 0.1 ms: fine enough for code that times itself, too coarse to time what a cache holds. */
 const clock = (): number => Math.floor((performance.timeOrigin + performance.now()) * 10) / 10

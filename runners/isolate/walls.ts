@@ -2,10 +2,12 @@
  * The command lines by which a sandbox child is started, from the strongest walls to the weakest. Which of them a
  * host can do is found by running a workload behind it, never by the presence of a file.
  */
+
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { sharedLibraries } from '../../shared/shared-libraries.ts'
 import { seccompProgram } from './seccomp.ts'
 import { nodeFlags } from './web/flags.ts'
 
@@ -78,16 +80,6 @@ function nodeArgs(at: string, { addon, web }: Given): string[] {
     addon,
     web,
   ]
-}
-
-/** The shared libraries that this Node has loaded: what the same Node in a child needs, and no more. */
-function sharedLibraries(): string[] {
-  // A look at every network interface would make the report slow. The types do not know the property yet.
-  Object.assign(process.report, { excludeNetwork: true })
-  const report = process.report.getReport() as { sharedObjects?: string[] }
-  return (report.sharedObjects ?? []).filter(
-    (path) => path.startsWith('/') && !path.endsWith('.node') && existsSync(path),
-  )
 }
 
 function bubblewrap(bwrap: string, given: Given, program: Buffer | undefined): Walls {

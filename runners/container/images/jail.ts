@@ -2,7 +2,9 @@
  * Where archives of strangers are taken apart: a process under bubblewrap that has no network, no environment, no
  * other processes, and sees nothing but its own code, the files it reads and the one directory it fills.
  */
+
 import { fileURLToPath } from 'node:url'
+import { sharedLibraries } from '../../../shared/shared-libraries.ts'
 import { ImageError } from '../engine.ts'
 import { findProgram, run } from './processes.ts'
 import type { Answer, LayersJob, SplitJob } from './unpacker/protocol.ts'
@@ -16,14 +18,6 @@ const packageFile = fileURLToPath(new URL('../../../package.json', import.meta.u
 const heapMb = 1_024
 /** What it needs as root to give files their owners and modes, and to fill directories of others. */
 const capabilities = ['CAP_CHOWN', 'CAP_DAC_OVERRIDE', 'CAP_FOWNER', 'CAP_FSETID']
-
-/** The shared libraries that this Node has loaded: what the same Node in the jail needs. */
-function sharedLibraries(): string[] {
-  // A look at every network interface would make the report slow. The types do not know the property yet.
-  Object.assign(process.report, { excludeNetwork: true })
-  const { sharedObjects = [] } = process.report.getReport() as { sharedObjects?: string[] }
-  return sharedObjects.filter((path) => path.startsWith('/') && !path.endsWith('.node'))
-}
 
 const inside = { layers: '/layers', target: '/target', code: '/unpacker', node: '/node' }
 
