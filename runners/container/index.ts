@@ -10,7 +10,7 @@ import type { Engine, EngineOptions } from './engine.ts'
 import { createGvisor } from './gvisor/index.ts'
 import { openImageStore, requireImageTools } from './images/store.ts'
 import { NetworksUnavailable, openNetworks } from './network/index.ts'
-import { findRuntime, runtimeNames } from './runtimes/index.ts'
+import { findRuntime } from './runtimes/index.ts'
 
 /** Paths are absolute. */
 export interface ContainerOptions {
@@ -60,9 +60,6 @@ export async function createContainerRunner(kind: Kind, options: ContainerOption
   await using scope = new AsyncDisposableStack()
   const { engineOptions } = await begin(kind, options)
   const find: Parts['findRuntime'] = (name) => findRuntime(name, cacheDir)
-  const layouts = (await Promise.all(runtimeNames.map(find))).flatMap((found) =>
-    found === undefined ? [] : [found.layout],
-  )
   const { networks, noNetworks } = await openNetworksOf(engineOptions, options)
   if (networks !== undefined) scope.use(networks)
   // Removes what dead processes left: before anything that their boxes may still use is looked at.
@@ -71,7 +68,7 @@ export async function createContainerRunner(kind: Kind, options: ContainerOption
     await openImageStore({
       dir: join(cacheDir, 'images'),
       insecureRegistries,
-      imageDirectories: [...imageDirectories, join(cacheDir, 'runtimes'), ...layouts],
+      imageDirectories: [...imageDirectories, join(cacheDir, 'runtimes')],
       ...(registryAuthFile === undefined ? {} : { authFile: registryAuthFile }),
       budgetMb: diskBudgetMb,
     }),
