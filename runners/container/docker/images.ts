@@ -178,7 +178,10 @@ async function writeBareLayout(layout: string, digest: Digest, target: string): 
   for (const of of new Set(manifest.layers.map((layer) => layer.digest)))
     await symlink(source(of), join(blobs, hexOf(of)))
   const { architecture, os, variant, rootfs } = config
-  const bare = await put(manifest.config.mediaType, { architecture, os, variant, rootfs, config: {} })
+  // The author sets apart two images with the same layers: the engine would take them for one with two names, and
+  // then lets go of a name although a container uses it.
+  const author = `vulcan ${digest}`
+  const bare = await put(manifest.config.mediaType, { author, architecture, os, variant, rootfs, config: {} })
   const descriptor = await put(manifest.mediaType ?? 'application/vnd.oci.image.manifest.v1+json', {
     ...manifest,
     annotations: undefined,

@@ -53,7 +53,7 @@ export async function busyboxImage(layout: string, extra: Record<string, unknown
   await writeFile(join(root, 'data', 'kept'), 'of the image')
   await writeFile(join(root, 'bin', 'notes.txt'), 'no program')
   const archive = `${layout}.tar`
-  await create({ cwd: root, file: archive, portable: true }, ['bin', 'etc', 'data'])
+  await create({ cwd: root, file: archive, portable: true, noMtime: true }, ['bin', 'etc', 'data'])
   const put = async (mediaType: string, bytes: Buffer) => {
     const hex = createHash('sha256').update(bytes).digest('hex')
     await writeFile(join(blobs, hex), bytes)
