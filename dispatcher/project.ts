@@ -13,7 +13,7 @@ import type { Changes, Progress } from './progress.ts'
 import { checkpoints } from './schema.ts'
 
 /** A batch is committed at so many messages at the latest. */
-const batchMessages = 500
+const batchMessages = 2_000
 
 /** What one batch does to the database, and to what is remembered of it once it is committed. */
 export interface Plan {
