@@ -90,6 +90,19 @@ export interface BoxSpec {
   mounts: Mount[]
   limits: BoxLimits
   network: Network | undefined
+  /** Of boxes that all begin alike, with nothing of a job in them: for engines that can begin where one was left. */
+  template?: BoxTemplate
+}
+
+/**
+ * Boxes with the same key, image, limits and kind of network may begin where another was left. Whoever makes the first
+ * brings it there; engines without snapshots ignore it.
+ */
+export interface BoxTemplate {
+  /** What the process is and how it was brought where it is. */
+  key: string
+  /** Starts a box and brings it where all others are to begin. Nothing of a user’s may ever be in it. */
+  exercise(box: Box): Promise<void>
 }
 
 /** How the first process of a box ended. */
@@ -100,6 +113,8 @@ export interface Exit {
   oom: boolean
   /** The sandbox itself died (crashed, or killed by somebody else), so that `code` is not the process’s own. */
   lost?: boolean
+  /** Of one that is lost: what is known of it. */
+  reason?: string
 }
 
 export interface BoxUsage {
@@ -116,8 +131,17 @@ export interface Box {
   readonly stdin: Writable
   readonly stdout: Readable
   readonly stderr: Readable
+  /** It goes on where its template was left: its process runs, and `start` has nothing to do. */
+  readonly resumed?: boolean
+  /** Of a virtual machine. */
+  readonly machine?: { vmm: string; start: 'boot' | 'restore' }
   /** Runs `argv`. Rejects with `BoxError`. */
   start(): Promise<void>
+  /**
+   * Lays a directory’s files where the box’s process finds them, read-only where they are many: for boxes that see
+   * no directory of the host. At most once. Rejects with `BoxError`.
+   */
+  provide?(directory: string, target: string): Promise<void>
   /** Settles when the first process has ended and its output was read to the end, or the box was killed. Never rejects. */
   readonly exited: Promise<Exit>
   /** Limits of a box that is not started yet, or stands idle. */
@@ -154,6 +178,8 @@ export interface Engine extends AsyncDisposable {
   readonly limits: LimitReport
   /** Egress kinds that can be had here. */
   readonly egress: ('none' | 'all' | 'allowlist')[]
+  /** Boxes with a `template` are resumed, and have `provide`. */
+  readonly resumes?: boolean
   /** Everything up to, not including, the start of the user’s process. Throws `BoxError` or `ImageError`. */
   create(spec: BoxSpec): Promise<Box>
 }

@@ -96,10 +96,10 @@ export class GvisorBox implements Box {
       const { runsc, platform } = host
       const sockets = spec.sockets !== undefined
       const { network } = spec
-      const args = launchArgs({ runsc, platform, id, dir, doors: cgroup.doors, network, lower, sockets })
+      const args = launchArgs({ runsc, platform, id, dir, network, lower, sockets })
       box = new GvisorBox(name, dir, cgroup, spec, paths, args)
       onMade(box)
-      await inTime(box.#created.promise, createMs, 'the sandbox')
+      await Promise.all([box.#admit(), inTime(box.#created.promise, createMs, 'the sandbox')])
       return box
     } catch (error) {
       if (box !== undefined) await box.remove()
@@ -149,6 +149,19 @@ export class GvisorBox implements Box {
     })
     this.#ended = Promise.all([closed, left]).then(() => this.#onEnded())
     this.exited = this.#follow()
+  }
+
+  /** Puts it into its control groups, while what comes before runsc still runs. */
+  async #admit(): Promise<void> {
+    const { pid } = this.#child
+    if (pid === undefined) return
+    try {
+      await this.#cgroup.join(pid)
+      this.#gate.write('\n')
+    } catch (error) {
+      // One that has ended says why itself.
+      if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error
+    }
   }
 
   async start(): Promise<void> {

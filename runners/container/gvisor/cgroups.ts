@@ -80,9 +80,17 @@ export class Cgroup {
     return version === 1 ? join(mount, controller, this.path, name) : join(mount, this.path, name)
   }
 
-  /** The files to which a process writes `0` in order to join. */
-  get doors(): string[] {
+  get #doors(): string[] {
     return this.#dirs.map((dir) => join(dir, 'cgroup.procs'))
+  }
+
+  /**
+   * Takes a process in with what it has started by now. Takes the kernel some ms, which it spends waiting. Throws
+   * where there is no such process.
+   */
+  async join(pid: number): Promise<void> {
+    // The wait is in the first: the others find it done.
+    for (const door of this.#doors) await writeFile(door, String(pid))
   }
 
   child(name: string): Cgroup {
@@ -155,7 +163,7 @@ export class Cgroup {
   /** Host processes in it; none where it is not there. Those that another namespace hides are left out. */
   pids(): number[] {
     const found = new Set<number>()
-    for (const door of this.doors) for (const pid of lines(door).map(Number)) if (pid > 0) found.add(pid)
+    for (const door of this.#doors) for (const pid of lines(door).map(Number)) if (pid > 0) found.add(pid)
     return [...found]
   }
 

@@ -1,5 +1,6 @@
 /** The command line of a box, from the runner’s process to runsc. */
 import type { Network } from '../engine.ts'
+import { gateDescriptor } from './config.ts'
 
 export type Platform = 'systrap' | 'ptrace'
 
@@ -10,8 +11,6 @@ export interface Launch {
   id: string
   /** Of the box alone: its bundle, and what runsc keeps of it. */
   dir: string
-  /** Files through which a process joins the control groups of the box. */
-  doors: string[]
   network: Network | undefined
   /** The image’s root, where it lacks directories that the box needs; they are laid over it. */
   lower: string | undefined
@@ -25,15 +24,14 @@ export const overlaidRoot = (dir: string) => `${dir}/over/root`
 /**
  * Runs in a mount namespace of its own, which ends with the last process in it.
  *
- * Everything that comes after is in the control groups of the box, so that what is killed there is all of it. Its
- * memory is what runsc takes the memory of the machine to be, and tells the user’s processes. Where there is a
- * network, /proc/sys/net/core is hidden: runsc of 2024 fails on what newer kernels have there.
+ * Its memory is what runsc takes the memory of the machine to be, and tells the user’s processes. Where there is a
+ * network, /proc/sys/net/core is hidden: runsc of 2024 fails on what newer kernels have there. At a line through the
+ * gate this process is in the control groups of the box, and so is all that comes after: what is killed there is
+ * everything.
  */
 const script = `set -e
 dir=$1 network=$2 lower=$3
 shift 3
-while [ "$1" != -- ]; do echo 0 >"$1"; shift; done
-shift
 echo 1000 >/proc/self/oom_score_adj
 mount -n --bind "$dir/meminfo" /proc/meminfo
 [ -z "$network" ] || mount -n -t tmpfs -o size=4k none /proc/sys/net/core
@@ -47,18 +45,19 @@ if [ -n "$lower" ]; then
 fi
 cd "$dir"
 echo $$ >pid
+read -r _ <&${gateDescriptor}
 exec "$@"`
 
 /** Ends with the runner’s process, whatever ends that. */
 export const launcher = 'setpriv'
 
 /** Arguments of `launcher`. */
-export function launchArgs({ runsc, platform, id, dir, doors, network, lower, sockets }: Launch): string[] {
+export function launchArgs({ runsc, platform, id, dir, network, lower, sockets }: Launch): string[] {
   return [
     ...['--pdeathsig', 'KILL', '--'],
     ...(network === undefined ? [] : ['nsenter', `--net=${network.path}`, '--']),
     ...['unshare', '--mount', '--propagation', 'slave', '--'],
-    ...['/bin/sh', '-c', script, 'sh', dir, network === undefined ? '' : 'yes', lower ?? '', ...doors, '--'],
+    ...['/bin/sh', '-c', script, 'sh', dir, network === undefined ? '' : 'yes', lower ?? ''],
     runsc,
     // The directory of the box, by a path that is short enough for a socket in it (unix(7)), wherever that is.
     ...['--root', '/proc/self/cwd'],

@@ -1,4 +1,4 @@
-/** What hostile code tries in a container, and what becomes of it; the host serves others all the while. */
+/** What hostile code tries in a container or a microVM, and what becomes of it; the host serves others all the while. */
 import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
 import { globSync, readFileSync } from 'node:fs'
@@ -13,7 +13,7 @@ import { descendants } from '../conformance/census.ts'
 import { type Fields, Ground } from '../conformance/ground.ts'
 import { type Language, node, python, shell } from '../conformance/languages.ts'
 
-interface Attempt {
+export interface Attempt {
   name: string
   language: Language
   program: string
@@ -88,6 +88,8 @@ attempts = {
     'a mount': mounted,
     'core_pattern': lambda: opened('/proc/sys/kernel/core_pattern'),
     'a control group': lambda: os.mkdir('/sys/fs/cgroup/memory/attempt'),
+    'a control group of version 2': lambda: os.mkdir('/sys/fs/cgroup/attempt'),
+    'the limits of its own group': lambda: opened('/sys/fs/cgroup/memory.max'),
     'the Docker Engine': lambda: os.stat('/var/run/docker.sock'),
     'the clock': lambda: __import__('time').clock_settime(0, 0),
     'the host name': lambda: __import__('socket').sethostname('attempt'),
@@ -351,7 +353,8 @@ const hostAddress = Object.values(networkInterfaces())
   .flat()
   .find((one) => one?.family === 'IPv4' && !one.internal)?.address
 
-export async function attempts(isolation: Isolation): Promise<void> {
+/** `more`: what can only be tried under this isolation. */
+export async function attempts(isolation: Isolation, more: Attempt[] = []): Promise<void> {
   const host = createServer((socket) => socket.end('host'))
   await new Promise<void>((resolve) => host.listen(0, '0.0.0.0', resolve))
   const { port } = host.address() as { port: number }
@@ -371,7 +374,7 @@ export async function attempts(isolation: Isolation): Promise<void> {
     else skip(test, name, obstacle)
   }
 
-  for (const { name, language, program, fields, ends, says, check } of table)
+  for (const { name, language, program, fields, ends, says, check } of [...table, ...more])
     when(`${name}: ${ends.join(' or ')}`, undefined, async () => {
       const bystander = await ground.begin(shell, shell.programs.sleeps, { input: 1 })
       const ended = await ground.run(language, program, fields)

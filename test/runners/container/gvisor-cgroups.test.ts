@@ -2,7 +2,7 @@ import { spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
-import { writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -38,7 +38,7 @@ for (const [what, hierarchy] of hierarchies) {
       // It turns as fast as it can, and answers when it is asked.
       const child = spawn('/bin/sh', ['-c', 'trap "echo here" USR1; while :; do :; done'])
       const exited = once(child, 'exit')
-      for (const door of group.doors) await writeFile(door, String(child.pid))
+      await group.join(child.pid!)
       assert.equal(group.pids(), [child.pid])
       await sleep(200)
       await group.freeze()
@@ -57,7 +57,8 @@ for (const [what, hierarchy] of hierarchies) {
     } finally {
       await parent.removeTree()
     }
-    for (const door of parent.doors) assert.not(existsSync(door))
+    const dirs = hierarchy.roots.map((root) => join(root, parent.path))
+    for (const dir of dirs) assert.not(existsSync(dir))
     assert.equal(parent.pids(), [])
     await parent.removeTree()
     await new Cgroup(hierarchy, cgroupParent).removeIfEmpty()

@@ -1,5 +1,5 @@
 /**
- * Containers of every kind under SIGKILLs of their runner, at any moment of its life, its start included. Afterwards
+ * Containers, or microVMs, of every kind under SIGKILLs of their runner, at any moment of its life, its start included. Afterwards
  * everything that was accepted has its one end, and the host holds nothing that the runners made. Everything is chosen
  * by a printed seed.
  */
@@ -20,6 +20,8 @@ export interface OrphanPlan {
   runs: number
   /** SIGKILLs of the runner. */
   kills: number
+  /** Runs at once; 8 unless given. */
+  width?: number
   log: (line: string) => void
 }
 
@@ -100,8 +102,6 @@ const kinds: Kind[] = [
   },
 ]
 
-/** Runs at once. */
-const width = 8
 /** So many of the kills come within so many ms after the one before: while the runner starts. */
 const startShare = 1 / 3
 const startMs = 1_500
@@ -138,7 +138,7 @@ export async function orphans(isolation: Isolation, plan: Omit<OrphanPlan, 'log'
 }
 
 async function runOrphans(ground: Ground, plan: OrphanPlan): Promise<OrphanReport> {
-  const { log } = plan
+  const { log, width = 8 } = plan
   const random = seeded(plan.seed)
   const began = Date.now()
   const backend = await ground.backend()
