@@ -1,4 +1,4 @@
-// npm test [-- [--in <folder>] [part of a path…]]   every test/**/*.test.ts, 180 s a file unless it asks for more
+// npm test [-- [--in <folder>] [part of a path…]]   every test/**/*.test.ts, two at once, 180 s a file unless it asks for more
 // npm run soak [-- …]                               every test/**/*.soak.ts, 12 h a file
 //
 // The last line is `N passed, N failed, N skipped`; the exit code is 1 when something failed.
@@ -32,6 +32,7 @@ try {
     root: folder,
     timeoutMs: isSoak ? 12 * 3_600_000 : 180_000,
     log: console.log,
+    lanes: isSoak ? 1 : 2,
     live: isSoak,
     signal: stop.signal,
   })

@@ -17,9 +17,11 @@ export type RunOptions = {
   /** For a file that names none in a `// timeout: <seconds>` near its top. */
   timeoutMs: number
   log: (line: string) => void
+  /** Files at once; default 1. */
+  lanes?: number
   /** Show output while it comes, not only that of a failed file. */
   live?: boolean
-  /** Gives up: the running file is killed and the rest is not run. */
+  /** Gives up: what runs is killed and the rest is not run. */
   signal?: AbortSignal
 }
 
@@ -42,27 +44,33 @@ export function findTests(root: string, pattern: string, filters: string[]): str
   return files.filter((file) => filters.length === 0 || filters.some((filter) => file.includes(filter)))
 }
 
-/** Runs each file in a process of its own, one after the other, and prints a line for each. */
+/** Runs each file in a process of its own and prints a line for each. */
 export async function runTests(options: RunOptions): Promise<Counts> {
-  const { files, log, signal } = options
+  const { log, signal, lanes = 1 } = options
+  const files = [...options.files]
   const total: Counts = { passed: 0, failed: 0, skipped: 0 }
   const skips: string[] = []
   const failures: string[] = []
-  for (const file of files) {
-    if (signal?.aborted) break
-    const begun = performance.now()
-    const result = await runFile(file, options)
-    const seconds = ((performance.now() - begun) / 1000).toFixed(1)
-    const isGreen = result.problems.length === 0
-    if (!isGreen && !options.live) log(result.output)
-    log(`${isGreen ? 'ok  ' : 'FAIL'}  ${file}  ${closingLine(result)}  (${seconds} s)`)
-    for (const problem of result.problems) log(`      ${problem}`)
-    total.passed += result.passed
-    total.failed += result.failed
-    total.skipped += result.skipped
-    skips.push(...result.skips.map((skip) => `SKIP  ${file}  ${skip}`))
-    failures.push(...result.problems.map((problem) => `FAIL  ${file}  ${problem}`))
+  // From both ends: neighbours are often after the same thing, such as control groups or a core for a machine.
+  const lane = async (next: () => string | undefined) => {
+    for (let file = next(); file !== undefined && !signal?.aborted; file = next()) {
+      const begun = performance.now()
+      const result = await runFile(file, options)
+      const seconds = ((performance.now() - begun) / 1000).toFixed(1)
+      const isGreen = result.problems.length === 0
+      if (!isGreen && !options.live) log(result.output)
+      log(`${isGreen ? 'ok  ' : 'FAIL'}  ${file}  ${closingLine(result)}  (${seconds} s)`)
+      for (const problem of result.problems) log(`      ${problem}`)
+      total.passed += result.passed
+      total.failed += result.failed
+      total.skipped += result.skipped
+      skips.push(...result.skips.map((skip) => `SKIP  ${file}  ${skip}`))
+      failures.push(...result.problems.map((problem) => `FAIL  ${file}  ${problem}`))
+    }
   }
+  await Promise.all(
+    Array.from({ length: lanes }, (_, n) => lane(() => (n % 2 === 0 ? files.shift() : files.pop()))),
+  )
   log('')
   for (const line of [...skips, ...failures]) log(line)
   return total

@@ -45,6 +45,27 @@ test('passes, failures and skips with their reasons are counted', async () => {
   assert.match(result.text, /^SKIP {2}a\.test\.mjs {2}later: needs hardware$/m)
 })
 
+test('in two lanes two files run at once, and all are counted', async () => {
+  await using scope = new AsyncDisposableStack()
+  const meets = (own: string, other: string) => `
+    import { existsSync, writeFileSync } from 'node:fs'
+    test('meets the other', async () => {
+      writeFileSync(new URL('${own}.here', import.meta.url), '')
+      while (!existsSync(new URL('${other}.here', import.meta.url))) await new Promise((go) => setTimeout(go, 20))
+    })
+    test.run()`
+  const plain = `test('one', () => {}); test.run()`
+  const files = {
+    'a.test.mjs': meets('a', 'd'),
+    'b.test.mjs': plain,
+    'c.test.mjs': plain,
+    'd.test.mjs': meets('d', 'a'),
+  }
+  const root = await project(scope, files)
+  const counts = await runTests({ root, files: Object.keys(files), lanes: 2, timeoutMs: 20_000, log() {} })
+  assert.equal(counts, { passed: 4, failed: 0, skipped: 0 })
+})
+
 test('a before hook that throws fails the tests it kept from running', async () => {
   const result = await verdict(`
     test.before(() => { throw new Error('no server') })
