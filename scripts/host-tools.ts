@@ -1,6 +1,6 @@
 /** The host's programs that isolations and tests need: which they are, where they are looked for, how they come. */
 import { execFile } from 'node:child_process'
-import { accessSync, constants, statSync } from 'node:fs'
+import { accessSync, constants, globSync, statSync } from 'node:fs'
 import { chmod, mkdtemp, open, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { delimiter, isAbsolute, join } from 'node:path'
@@ -13,6 +13,7 @@ const installTimeoutMs = 900_000
 export type Log = (line: string) => void
 
 type Tool = {
+  /** Its name, or pattern of an absolute path where it is no program. */
   program: string
   /** Debian's package. */
   package: string
@@ -56,6 +57,15 @@ const network: Tool[] = [
   { program: 'nsenter', package: 'util-linux', why: "enters a sandbox's network" },
 ]
 
+const compiler: Tool[] = [
+  { program: 'gcc', package: 'gcc', why: 'compiles the agent of virtual machines' },
+  {
+    program: '/usr/lib/*/libc.a',
+    package: 'libc6-dev',
+    why: 'is the C library that the agent is linked with',
+  },
+]
+
 const tools = {
   isolate: [bubblewrap],
   gvisor: [runsc, skopeo, bubblewrap, busybox, ...network],
@@ -66,7 +76,26 @@ const tools = {
     { program: 'containerd', package: 'containerd', why: 'is a part of the Docker Engine' },
     { program: 'runc', package: 'runc', why: 'is a part of the Docker Engine' },
   ],
+  microvm: [
+    { program: 'qemu-system-x86_64', package: 'qemu-system-x86', why: 'runs virtual machines' },
+    { program: 'mke2fs', package: 'e2fsprogs', why: 'makes root drives for Firecracker' },
+    skopeo,
+    bubblewrap,
+    ...compiler,
+    ...network,
+  ],
+  /** What builds a kernel. */
+  kernel: [
+    ...compiler,
+    { program: 'make', package: 'make', why: 'builds kernels' },
+    { program: 'flex', package: 'flex', why: 'builds kernels' },
+    { program: 'bison', package: 'bison', why: 'builds kernels' },
+    { program: 'bc', package: 'bc', why: 'builds kernels' },
+    { program: 'xz', package: 'xz-utils', why: 'unpacks the source of kernels' },
+    { program: '/usr/include/gelf.h', package: 'libelf-dev', why: 'is a library that builds kernels' },
+  ],
   tests: [
+    { program: 'fsck.erofs', package: 'erofs-utils', why: 'checks file systems that were made here' },
     { program: 'docker-registry', package: 'docker-registry', why: 'is the registry of tests' },
     { program: 'pip3', package: 'python3-pip', why: 'installs requirements of Python projects' },
   ],
@@ -125,7 +154,7 @@ async function lackingOf(sets: readonly ToolSet[], path: string): Promise<Tool[]
   const wanted = new Set<Tool>(sets.flatMap((name) => tools[name] as Tool[]))
   const lacking: Tool[] = []
   for (const tool of wanted) {
-    const file = which(tool.program, path)
+    const file = isAbsolute(tool.program) ? globSync(tool.program)[0] : which(tool.program, path)
     if (file === undefined || !((await tool.accepts?.(file)) ?? true)) lacking.push(tool)
   }
   return lacking

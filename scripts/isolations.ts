@@ -1,10 +1,15 @@
 /** Which isolations a platform starts runners for, and what `npm start` says of them. */
 import { type Stats, statSync } from 'node:fs'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { fetchedFirecracker } from '../rootfs/firecracker.ts'
+import { partsKinds, partsPlace } from '../rootfs/parts.ts'
+import { storeOf } from '../rootfs/store.ts'
+import { cacheDirectory } from './cache-directory.ts'
 import { which } from './host-tools.ts'
 
 /** Those that this version has a runner for, the lightest first. */
-export const isolations = ['isolate', 'gvisor', 'docker'] as const
+export const isolations = ['isolate', 'gvisor', 'docker', 'microvm'] as const
 export type OfferedIsolation = (typeof isolations)[number]
 
 /** Milliseconds that a runner is given to try out its host before nothing is said of it. */
@@ -29,9 +34,24 @@ export function missingFor(isolation: OfferedIsolation, env: NodeJS.ProcessEnv):
       const socket = '/var/run/docker.sock'
       return kindOf(socket)?.isSocket() ? undefined : `there is no ${socket}, and DOCKER_HOST is not set`
     }
+    case 'microvm':
+      return missingForMicrovm(env)
     default:
       throw new Error(`unhandled ${isolation satisfies never}`)
   }
+}
+
+function missingForMicrovm(env: NodeJS.ProcessEnv): string | undefined {
+  const vmms = ['qemu-system-x86_64', 'firecracker']
+  const cacheDir = cacheDirectory(env)
+  const found =
+    env.VULCAN_FIRECRACKER ||
+    vmms.some((name) => which(name, env.PATH ?? '')) ||
+    fetchedFirecracker(cacheDir) !== undefined
+  if (!found) return `neither ${vmms.join(' nor ')} is on PATH`
+  const store = storeOf(cacheDir)
+  const isThere = partsKinds.some((kind) => kindOf(join(store, partsPlace(kind))) !== undefined)
+  return isThere ? undefined : `no kernel for machines was prepared in ${store}`
 }
 
 function kindOf(path: string): Stats | undefined {

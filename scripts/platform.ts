@@ -106,7 +106,7 @@ export type Platform = AsyncDisposable & {
   dataDir: string
   /** Those that a runner was started for. */
   isolations: readonly OfferedIsolation[]
-  /** Knows the pids of `nats-server`, `dispatcher`, `runner` (of isolates), `runner-gvisor`, `runner-docker` and `gateway`. */
+  /** Knows the pids of `nats-server`, `dispatcher`, `runner` (of isolates), `runner-gvisor`, `runner-docker`, `runner-microvm` and `gateway`. */
   supervisor: Supervisor
   /** Ends every process; a second call waits for the same end. */
   stop(): Promise<void>

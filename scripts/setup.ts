@@ -1,6 +1,8 @@
-// npm run setup [-- base | gvisor | docker | go …]
+// npm run setup [-- base | gvisor | docker | microvm | go …]
 //
 // Gets what an isolation needs of this machine: programs, and the runtime images. A second run changes nothing.
+import { ensureMachineParts } from '../rootfs/ensure.ts'
+import { fetchFirecracker } from '../rootfs/firecracker.ts'
 import { type RuntimeName, runtimeNames } from '../runners/container/runtimes/index.ts'
 import { cacheDirectory } from './cache-directory.ts'
 import { engineAnswers } from './docker-engine.ts'
@@ -45,15 +47,21 @@ async function ensureIsolation(
 }
 
 /**
- * All that the tests of containers need. Never throws: a test that lacks something skips and says so.
+ * All that the tests of containers and virtual machines need. Never throws: a test that lacks something skips and says
+ * so.
  */
 export async function ensureTestTools({ cacheDir, log }: Host): Promise<void> {
-  const missing = await ensureTools(['gvisor', 'docker', 'engine', 'tests'], { log })
+  const missing = await ensureTools(['gvisor', 'docker', 'engine', 'microvm', 'tests'], { log })
   for (const line of missing) log(line)
   try {
     await buildRuntimes(runtimeNames, { cacheDir, log })
   } catch (error) {
     log(`the runtime images could not be built: ${(error as Error).message}`)
+  }
+  try {
+    await ensureMachineParts({ cacheDir, log })
+  } catch (error) {
+    log(`virtual machines lack a part: ${(error as Error).message}`)
   }
 }
 
@@ -73,8 +81,14 @@ const setups: Record<string, (host: Host) => Promise<unknown>> = {
       )
   },
   go: (host) => ensureIsolation(host, [], ['go']),
-  async microvm() {
-    throw new Error('the microvm isolation is not there yet')
+  async microvm(host) {
+    await ensureIsolation(host, ['microvm'], containerRuntimes)
+    await ensureMachineParts(host)
+    try {
+      await fetchFirecracker(host.cacheDir, host.log)
+    } catch (error) {
+      host.log(`Firecracker is left out: ${(error as Error).message}`)
+    }
   },
 }
 

@@ -111,6 +111,9 @@ test('without a word, what the host has in sight is tried', () => {
   assert.is(missingFor('isolate', nothing), undefined)
   assert.is(missingFor('gvisor', nothing), 'runsc is not on PATH')
   assert.is(missingFor('docker', { ...nothing, DOCKER_HOST: 'tcp://127.0.0.1:1' }), undefined)
+  assert.is(missingFor('microvm', nothing), 'neither qemu-system-x86_64 nor firecracker is on PATH')
+  const firecracker = { ...nothing, VULCAN_FIRECRACKER: '/opt/firecracker' }
+  assert.match(missingFor('microvm', firecracker)!, 'no kernel for machines was prepared in /nowhere/microvm')
   assert.equal(
     platformConfig({ ...nothing, DOCKER_HOST: 'unix:///x', VULCAN_ISOLATIONS: '' }).isolations.at(-1),
     'docker',
