@@ -1,0 +1,189 @@
+/** The driver `qemu`: machines of QEMU’s `microvm` board, under KVM where that runs guests, emulated elsewhere. */
+import { execFile } from 'node:child_process'
+import { existsSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { promisify } from 'node:util'
+import { programsEnv } from '../../container/gvisor/programs.ts'
+import { findProgram } from '../../container/images/processes.ts'
+import {
+  type Driver,
+  type DriverOptions,
+  type Machine,
+  MachineError,
+  type MachineOptions,
+  type MachineShape,
+  type Template,
+} from '../driver.ts'
+import { type Holding, holdMachines } from '../owners.ts'
+import { groupsOf, Users } from '../users.ts'
+import {
+  type Accelerator,
+  machineModel,
+  type QemuVersion,
+  takesReadOnlyMemory,
+  userNetwork,
+} from './arguments.ts'
+import { kvmDevice, probeKvm } from './kvm.ts'
+import { QemuMachine } from './machine.ts'
+import type { Host } from './start.ts'
+
+export interface QemuOptions extends DriverOptions {
+  /** A kernel that shows whether KVM runs guests; without one KVM is not tried. */
+  kernel?: string
+  /** Path of qemu-system-x86_64; looked for where Debian has programs where it is left out. */
+  qemu?: string
+  /** Not tried, but taken for granted. */
+  accelerator?: Accelerator
+  /** Path of the control group that those of all owners are in. */
+  cgroupParent?: string
+  /** What dead owners left is looked for this often, ms. */
+  sweepMs?: number
+}
+
+const program = 'qemu-system-x86_64'
+const versionMs = 10_000
+/** Since it has all that is asked for here; older ones were not tried. */
+const oldest = { major: 7, minor: 2 }
+const execute = promisify(execFile)
+
+/**
+ * Removes what dead owners left, and finds out whether KVM works: up to 5 s at the first start after a boot of the
+ * host. Throws an Error that says what is missing.
+ */
+export async function createQemu(options: QemuOptions): Promise<Driver> {
+  const qemu = findProgram(options.qemu ?? program)
+  if (qemu === undefined) throw new Error(`${options.qemu ?? program} is not here`)
+  for (const tool of ['setpriv', 'nsenter'])
+    if (findProgram(tool) === undefined) throw new Error(`${tool} is not here`)
+  const version = await versionOf(qemu)
+  await using scope = new AsyncDisposableStack()
+  const holding = scope.use(await holdMachines(options))
+  const hostFor = (accelerator: Accelerator): Host => ({
+    ...{ qemu, version, accelerator, owner: options.owner, cgroup: holding.cgroup },
+    model: `QEMU ${version.text} ${accelerator} ${machineModel(accelerator)}`,
+    users: new Users(accelerator === 'kvm' ? groupsOf(kvmDevice) : []),
+    tscKhz: tscKhz(),
+  })
+  const { accelerator, why } = await chooseAccelerator(options, hostFor, holding)
+  const driver = new Qemu(hostFor(accelerator), why)
+  const resources = scope.move()
+  driver.onClose(() => resources.disposeAsync())
+  return driver
+}
+
+async function versionOf(qemu: string): Promise<QemuVersion> {
+  const { stdout } = await execute(qemu, ['--version'], { timeout: versionMs, env: programsEnv })
+  const [, text, major, minor] = /version ((\d+)\.(\d+)[.\d]*)/.exec(stdout) ?? []
+  if (text === undefined) throw new Error(`${qemu} does not say which version it is`)
+  const version = { text, major: Number(major), minor: Number(minor) }
+  if (version.major > oldest.major || (version.major === oldest.major && version.minor >= oldest.minor))
+    return version
+  throw new Error(`QEMU ${oldest.major}.${oldest.minor} or newer is needed, and this is ${text}`)
+}
+
+async function chooseAccelerator(
+  { accelerator, kernel, stateDir }: QemuOptions,
+  hostFor: (accelerator: Accelerator) => Host,
+  holding: Holding,
+): Promise<{ accelerator: Accelerator; why: string }> {
+  if (accelerator !== undefined) return { accelerator, why: 'as told' }
+  if (kernel === undefined) return { accelerator: 'emulation', why: 'there is no kernel to try KVM with' }
+  const { works, why } = await probeKvm(hostFor('kvm'), kernel, join(stateDir, 'kvm.json'), holding.dir)
+  return { accelerator: works ? 'kvm' : 'emulation', why }
+}
+
+/**
+ * kHz of the time stamp counter, which an emulated one follows. /proc/cpuinfo has it where the clock of the cores is
+ * not scaled; undefined elsewhere.
+ */
+function tscKhz(): number | undefined {
+  if (existsSync('/sys/devices/system/cpu/cpu0/cpufreq')) return undefined
+  const info = readFileSync('/proc/cpuinfo', 'latin1')
+  const mhz = Number(/^cpu MHz\s*: ([\d.]+)/m.exec(info)?.[1])
+  return /^flags.*\bconstant_tsc\b/m.test(info) && mhz > 0 ? Math.round(mhz * 1_000) : undefined
+}
+
+class Qemu implements Driver {
+  readonly name = 'qemu'
+  readonly version: string
+  readonly accelerator: Accelerator
+  readonly rootFormat = 'erofs'
+  readonly kernelFormat = 'either'
+  readonly walls: string[]
+  readonly missing: { wall: string; fix: string }[]
+  readonly #host: Host
+  readonly #machines = new Set<QemuMachine>()
+  readonly #making = new Set<Promise<QemuMachine>>()
+  #made = 0
+  #closed: Promise<void> | undefined
+  #onClose: (() => Promise<void>) | undefined
+
+  constructor(host: Host, why: string) {
+    this.#host = host
+    this.accelerator = host.accelerator
+    this.version = `QEMU ${host.version.text} (${host.accelerator === 'kvm' ? 'KVM' : 'emulation'})`
+    const asRoot = 'run the runner as root'
+    const walls: [wall: string, isThere: boolean, fix: string][] = [
+      ['hardware virtualisation', host.accelerator === 'kvm', `a host whose KVM runs guests: ${why}`],
+      ['seccomp', true, ''],
+      ['no new privileges', true, ''],
+      ['unprivileged user', host.users.areOthers, asRoot],
+      ['control groups', host.cgroup !== undefined, host.users.areOthers ? 'control groups' : asRoot],
+      [
+        'read-only templates',
+        host.users.areOthers && takesReadOnlyMemory(host.version),
+        'root, and QEMU 8.2 or newer',
+      ],
+    ]
+    this.walls = ['virtual machine', ...walls.filter(([, isThere]) => isThere).map(([wall]) => wall)]
+    this.missing = walls.filter(([, isThere]) => !isThere).map(([wall, , fix]) => ({ wall, fix }))
+  }
+
+  onClose(release: () => Promise<void>): void {
+    this.#onClose = release
+  }
+
+  guestNetwork({ network }: MachineShape): { address: string; gateway: string } | undefined {
+    return network ? userNetwork : undefined
+  }
+
+  boot(shape: MachineShape, options: MachineOptions): Promise<Machine> {
+    return this.#make((id) => QemuMachine.boot(this.#host, id, shape, options))
+  }
+
+  restore(template: Template, options: MachineOptions): Promise<Machine> {
+    return this.#make((id) => QemuMachine.restore(this.#host, id, template, options))
+  }
+
+  async #make(make: (id: string) => Promise<QemuMachine>): Promise<Machine> {
+    if (this.#closed !== undefined) throw new MachineError('the driver is closed')
+    const making = make(`m${++this.#made}`)
+    this.#making.add(making)
+    try {
+      const machine = await making
+      this.#machines.add(machine)
+      void machine.exited.then(() => this.#machines.delete(machine))
+      return machine
+    } finally {
+      this.#making.delete(making)
+    }
+  }
+
+  pids(): number[] {
+    return [...this.#machines].map(({ pid }) => pid)
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    this.#closed ??= this.#close()
+    return this.#closed
+  }
+
+  async #close(): Promise<void> {
+    const killAll = () => Promise.all([...this.#machines].map((machine) => machine.kill()))
+    await killAll()
+    // Those that were not there yet.
+    await Promise.allSettled(this.#making)
+    await killAll()
+    await this.#onClose?.()
+  }
+}
