@@ -14,7 +14,7 @@ const fixes: Record<Isolation, string> = {
   isolate: 'start one with `node runners/main.ts isolate`',
   gvisor: installs('gvisor'),
   docker: installs('docker'),
-  microvm: 'this version has no microvm runner yet',
+  microvm: installs('microvm'),
 }
 
 export interface Roster {
@@ -87,8 +87,17 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
     const runners = []
     for (const { beat, at } of live.values()) {
       if (beat.isolation !== isolation || !beat.available) continue
-      const { runner, slots, active, host, pid, started_at } = beat
-      runners.push({ runner, slots, active, host, pid, started_at, last_seen: new Date(at).toISOString() })
+      const { runner, slots, active, metrics, host, pid, started_at } = beat
+      runners.push({
+        runner,
+        slots,
+        active,
+        metrics,
+        host,
+        pid,
+        started_at,
+        last_seen: new Date(at).toISOString(),
+      })
     }
     const { available, reason, fix, capabilities } = ability(isolation)
     return { isolation, available, reason, fix, capabilities, runners }

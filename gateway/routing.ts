@@ -60,7 +60,7 @@ function obstacle(spec: Routable, backend: Ability): string | undefined {
     return `${backend.isolation} runs ${can.runtimes.join(', ')} here, not ${runtime}${wayTo(`runtime ${runtime}`, can)}`
   const egress = Array.isArray(spec.network.egress) ? 'allowlist' : spec.network.egress
   if (!can.egress.includes(egress))
-    return `${backend.isolation} offers egress ${can.egress.join(', ')}, not ${egress}`
+    return `${backend.isolation} offers egress ${can.egress.join(', ')}, not ${egress}${wayTo('network', can)}`
   return undefined
 }
 

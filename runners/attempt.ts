@@ -275,6 +275,7 @@ async function attempt(
     const receipt: Receipt = {
       code_sha256: codeDigest(job.source),
       image_digest: outcome.imageDigest ?? null,
+      machine: outcome.machine ?? null,
       runner: runnerId,
       isolation: runner.isolation,
       walls: runner.capabilities.walls,

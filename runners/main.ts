@@ -1,5 +1,5 @@
-/** One runner process: `node runners/main.ts isolate | gvisor | docker`. Stateless; start as many as the host carries. */
-import { availableParallelism } from 'node:os'
+/** One runner process: `node runners/main.ts isolate | gvisor | docker | microvm`. Stateless; start as many as the host carries. */
+import { availableParallelism, totalmem } from 'node:os'
 import { resolve } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { z } from 'zod'
@@ -14,6 +14,7 @@ import { SecretBox, Secrets } from '../shared/secrets.ts'
 import { Isolation } from '../shared/workload.ts'
 import type { ContainerOptions } from './container/index.ts'
 import type { EgressOptions } from './egress.ts'
+import type { MicrovmOptions } from './microvm/index.ts'
 import type { Probe, Runner } from './runner.ts'
 import { announceUnavailable, runWorker } from './worker.ts'
 
@@ -36,6 +37,22 @@ const RunnerConfig = CommonConfig.extend({
   slots: slots.default(64),
   /** The same of a container runner, whose sandboxes cost more. */
   containerSlots: slots.default(() => Math.max(4, 2 * availableParallelism())),
+  /** The same of a microVM runner: more than there are cores only wait for each other, where they compute. */
+  microvmSlots: slots.default(() => Math.max(4, availableParallelism())),
+  /** Virtual machines that stand ready, restored and exercised: how many at most. */
+  microvmPool: z.coerce.number().int().min(0).max(10_000).default(16),
+  /** What they may hold together, MiB. */
+  microvmPoolMb: z.coerce
+    .number()
+    .int()
+    .min(0)
+    .default(() => Math.max(256, Math.min(4_096, Math.floor(totalmem() / 2 ** 23)))),
+  /** One is replaced after so many seconds. */
+  microvmPoolAgeS: z.coerce.number().min(1).default(1_800),
+  /** Off: every machine is booted from its kernel. */
+  microvmSnapshots: z.enum(['on', 'off']).default('on'),
+  /** The Firecracker binary, where it is not on PATH. */
+  firecracker: absolute.optional(),
   /** `host:port`s with private addresses that code may reach where its policy names them; separated by commas. */
   egressAllowPrivate: list.pipe(
     z.array(z.string().regex(/^\S+:\d{1,5}$/, 'must be host:port, separated by commas')),
@@ -75,6 +92,7 @@ interface Offer {
 // Loaded for the isolation that is run: neither drags the other’s libraries in.
 const isolates = () => import('./isolate/index.ts')
 const containers = () => import('./container/index.ts')
+const microvms = () => import('./microvm/index.ts')
 
 const container = (kind: 'gvisor' | 'docker'): Offer => ({
   probe: async (config) => (await containers()).probeContainer(kind, containerOptions(config)),
@@ -83,7 +101,7 @@ const container = (kind: 'gvisor' | 'docker'): Offer => ({
 })
 
 /** The isolations this version can run. */
-const offers: Partial<Record<Isolation, Offer>> = {
+const offers: Record<Isolation, Offer> = {
   isolate: {
     probe: async () => (await isolates()).probeIsolate(),
     create: async (config) =>
@@ -92,6 +110,11 @@ const offers: Partial<Record<Isolation, Offer>> = {
   },
   gvisor: container('gvisor'),
   docker: container('docker'),
+  microvm: {
+    probe: async (config) => (await microvms()).probeMicrovm(microvmOptions(config)),
+    create: async (config) => (await microvms()).createMicrovmRunner(microvmOptions(config)),
+    slots: (config) => config.microvmSlots,
+  },
 }
 
 const isolation = Isolation.safeParse(process.argv[2])
@@ -114,6 +137,12 @@ const config = readConfig(
     imageDirectories: 'VULCAN_IMAGE_DIRECTORIES',
     registryAuthFile: 'VULCAN_REGISTRY_AUTH_FILE',
     imageCacheMb: 'VULCAN_IMAGE_CACHE_MB',
+    microvmSlots: 'VULCAN_MICROVM_SLOTS',
+    microvmPool: 'VULCAN_MICROVM_POOL',
+    microvmPoolMb: 'VULCAN_MICROVM_POOL_MB',
+    microvmPoolAgeS: 'VULCAN_MICROVM_POOL_AGE_S',
+    microvmSnapshots: 'VULCAN_MICROVM_SNAPSHOTS',
+    firecracker: 'VULCAN_FIRECRACKER',
   },
   process.env,
 )
@@ -220,5 +249,17 @@ function containerOptions(config: RunnerConfig): ContainerOptions {
     diskBudgetMb: imageCacheMb,
     ...(config.dockerHost === undefined ? {} : { dockerHost: config.dockerHost }),
     ...(config.registryAuthFile === undefined ? {} : { registryAuthFile: config.registryAuthFile }),
+  }
+}
+
+function microvmOptions(config: RunnerConfig): MicrovmOptions {
+  const { dockerHost: _, ...common } = containerOptions(config)
+  const { microvmSlots, microvmPool, microvmPoolMb, microvmPoolAgeS, microvmSnapshots, firecracker } = config
+  return {
+    ...common,
+    slots: microvmSlots,
+    pool: { count: microvmPool, memoryMb: microvmPoolMb, ageMs: microvmPoolAgeS * 1_000 },
+    snapshots: microvmSnapshots === 'on',
+    ...(firecracker === undefined ? {} : { firecracker }),
   }
 }

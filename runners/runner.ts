@@ -12,6 +12,7 @@ import type {
   Isolation,
   Limits,
   LogLine,
+  MachineReceipt,
   Runtime,
   Start,
   Usage,
@@ -102,6 +103,8 @@ interface Ran {
   start: Start
   /** Of the image that really ran, where one did. */
   imageDigest?: Digest
+  /** Of the virtual machine, where there was one. */
+  machine?: MachineReceipt
 }
 export interface Completed extends Ran {
   status: 'completed'
@@ -163,6 +166,8 @@ export interface Runner extends AsyncDisposable {
   prepare(job: Job): Prepared
   /** Keeps so many sandboxes ready with this code; 0 lets them go when they are wanted elsewhere. */
   prewarm(program: Program, count: number): void
+  /** What it counts and measures, for `/v1/backends`: numbers by names that end in their unit, such as `restore_ms_p50`. */
+  metrics?(): Record<string, number>
   /** Process ids of the sandboxes now alive, for fault injection and for counting orphans. */
   pids(): number[]
 }

@@ -44,6 +44,8 @@ export const Heartbeat = z.object({
   host: z.string(),
   pid: z.int(),
   started_at: z.iso.datetime(),
+  /** What the runner counts and measures by itself, such as `restore_ms_p50`. */
+  metrics: z.record(z.string(), z.number()).default({}),
   /** False in its last heartbeat: it is going away and takes no more work. */
   leaving: z.boolean(),
 })
@@ -61,6 +63,7 @@ export const RunnerStatus = Heartbeat.pick({
   runner: true,
   slots: true,
   active: true,
+  metrics: true,
   host: true,
   pid: true,
   started_at: true,

@@ -28,7 +28,8 @@ function open<S extends z.ZodType>(schema: S): z.ZodType<z.output<S>> {
 }
 
 function openAny(schema: z.core.$ZodType): z.core.$ZodType {
-  if (isAddedLater(schema)) return schema
+  if (schema instanceof z.ZodDefault && isAddedLater(schema))
+    return withInner(schema, { innerType: schema.unwrap() })
   if (schema instanceof z.ZodDefault || schema instanceof z.ZodPrefault) return openAny(schema.unwrap())
   if (schema instanceof z.ZodObject) {
     const fields = Object.entries<z.core.$ZodType>(schema.shape).map(([name, field]) => [

@@ -226,12 +226,25 @@ export type Usage = z.infer<typeof Usage>
 export const Start = z.enum(['cold', 'pooled', 'warm'])
 export type Start = z.infer<typeof Start>
 
+/** Of a microVM: the virtual machine monitor with its version and accelerator, and how the machine came to be. */
+export const MachineReceipt = z
+  .strictObject({
+    /** Such as `QEMU 7.2.22 (emulation)` or `Firecracker 1.10.1 (KVM)`. */
+    vmm: z.string(),
+    /** Booted from its kernel for this run; restored for it from a snapshot; or it stood ready before. */
+    start: z.enum(['boot', 'restore', 'pool']),
+  })
+  .meta({ id: 'MachineReceipt' })
+export type MachineReceipt = z.infer<typeof MachineReceipt>
+
 /** What really ran: the digest of the code, on which runner, within which limits, how it was started. */
 export const Receipt = z
   .strictObject({
     code_sha256: z.string().nullable(),
     /** Of the container image that ran, its manifest’s. */
     image_digest: addedLater(Digest.nullable().default(null)),
+    /** Of the virtual machine that it ran in. */
+    machine: addedLater(MachineReceipt.nullable().default(null)),
     runner: z.string(),
     isolation: Isolation,
     walls: z.array(z.string()),

@@ -4,7 +4,7 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 
 const root = join(import.meta.dirname, '..')
-const product = ['gateway', 'dispatcher', 'runners', 'shared', 'guest-agent']
+const product = ['gateway', 'dispatcher', 'runners', 'shared', 'guest-agent', 'rootfs']
 
 /** file → what it imports: paths from the root for our own files, else the specifier. */
 type Graph = Map<string, string[]>
@@ -86,20 +86,34 @@ test('shared imports nothing of ours', () => {
 test('gateway, dispatcher and runners import shared, never each other', () => {
   const parts = ['gateway', 'dispatcher', 'runners']
   forbid(
-    'only shared and its own folder',
-    ({ from, to }) => parts.includes(top(from)) && ![top(from), 'shared'].includes(top(to)),
+    'only shared and its own folder, and microVMs what they are made of',
+    ({ from, to }) =>
+      parts.includes(top(from)) &&
+      ![top(from), 'shared'].includes(top(to)) &&
+      !(from.startsWith('runners/microvm/') && top(to) === 'rootfs'),
     ours,
   )
 })
 
-test("the guest agent imports only shared's frame codec and the standard library", () => {
+test('what machines are made of knows images and nothing of who runs them', () => {
+  forbid(
+    'rootfs',
+    ({ from, to }) =>
+      top(from) === 'rootfs' &&
+      !['rootfs', 'shared', 'scripts', 'guest-agent'].includes(top(to)) &&
+      !to.startsWith('runners/container/'),
+    ours,
+  )
+})
+
+test("the guest agent imports only shared's frame codec and what its engine has", () => {
   forbid(
     'guest-agent',
     ({ from, to }) =>
       top(from) === 'guest-agent' &&
       top(to) !== 'guest-agent' &&
-      !to.startsWith('node:') &&
-      !/^shared\/frames?\.ts$/.test(to),
+      !/^(quickjs|vulcan):/.test(to) &&
+      to !== 'shared/machine.ts',
   )
 })
 
@@ -114,6 +128,8 @@ test("an isolation imports the runner interface, egress, its own folder and shar
       isolation(to) !== isolation(from) &&
       !['runners/runner.ts', 'runners/egress.ts'].includes(to) &&
       isolation(to) !== 'guest' &&
+      // A microVM is one more box of containers, made of what rootfs builds.
+      !(isolation(from) === 'microvm' && (isolation(to) === 'container' || top(to) === 'rootfs')) &&
       !(top(to) === 'shared' && isPure(to)),
     ours,
   )

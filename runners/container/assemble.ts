@@ -40,8 +40,8 @@ const languages = ['node', 'python'] as const
 /** Runtime images that were not there are looked for again every so many ms: the set-up may have built them. */
 const runtimesMs = 10_000
 /** Unpacked archives, and built programs, each get so much of the budget, and at most so many MiB. */
-const shareOfBudget = 0.2
-const maxShareMb = 4_096
+export const shareOfBudget = 0.2
+export const maxShareMb = 4_096
 
 /** What this host offers with these parts. */
 export async function capabilitiesOf({
@@ -116,6 +116,7 @@ export async function assembleRunner(parts: Parts): Promise<Runner> {
     },
     prepare: (job) => new Attempt(workshop, pool, job),
     prewarm: (program, count) => prewarm(workshop, pool, program, count),
+    metrics: () => ({ ...parts.engine.metrics?.(), ...pool.metrics() }),
     pids: () => workshop.pids(),
     [Symbol.asyncDispose]: () => held.disposeAsync(),
   }

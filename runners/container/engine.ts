@@ -180,6 +180,8 @@ export interface Engine extends AsyncDisposable {
   readonly egress: ('none' | 'all' | 'allowlist')[]
   /** Boxes with a `template` are resumed, and have `provide`. */
   readonly resumes?: boolean
+  /** Figures of its own, such as `restore_ms_p50`. */
+  metrics?(): Record<string, number>
   /** Everything up to, not including, the start of the user’s process. Throws `BoxError` or `ImageError`. */
   create(spec: BoxSpec): Promise<Box>
 }

@@ -49,7 +49,7 @@ const markMs = 1_000
 type Done = { header: DoneHeader; output: string | undefined; body: Buffer | undefined }
 
 export class Shim {
-  /** Runs so far, the one under way included. */
+  /** Runs so far, the one under way included, rehearsals not. */
   runs = 0
   /** Settles when it can take a run; false: its box is dead instead. */
   readonly ready: Promise<boolean>
@@ -58,6 +58,8 @@ export class Shim {
   readonly #decoder = new FrameDecoder(maxChatterBytes)
   readonly #pace: Pace
   #occupant: Occupant | undefined
+  /** It was resumed, and has run nothing of a user’s yet. */
+  #asleep: boolean
   #run = 0
   #runBytes = 0
   #mark = ''
@@ -78,6 +80,8 @@ export class Shim {
     this.ready = new Promise((resolve) => {
       this.#onReady = resolve
     })
+    this.#asleep = box.resumed === true
+    if (this.#asleep) this.#onReady(true)
     box.stdin.on('error', () => {})
     box.stdout.on('error', () => {})
     box.stderr.on('error', () => {})
@@ -122,9 +126,14 @@ export class Shim {
     // Another call’s words are no part of this one’s error.
     this.#stderr = Buffer.alloc(0)
     this.#marked = false
-    this.runs++
+    const isReal = header.rehearsal === undefined
+    const seed = this.#asleep && isReal ? { seed: randomBytes(32).toString('hex') } : {}
+    if (isReal) {
+      this.runs++
+      this.#asleep = false
+    }
     this.#decoder.maxBytes = header.output_bytes + maxChatterBytes
-    const text = JSON.stringify({ ...header, mark: this.#mark } satisfies RunHeader)
+    const text = JSON.stringify({ ...header, ...seed, mark: this.#mark } satisfies RunHeader)
     const frame = encodeMessage(kinds.run, this.#run, [
       text,
       ctx,

@@ -103,9 +103,9 @@ const openEngine = (kind: Kind, options: EngineOptions, { dockerHost }: Containe
     : createDocker({ ...options, ...(dockerHost === undefined ? {} : { host: dockerHost }) })
 
 /** Boxes can do without. */
-async function openNetworksOf(
+export async function openNetworksOf(
   options: EngineOptions,
-  { egress }: ContainerOptions,
+  { egress }: Pick<ContainerOptions, 'egress'>,
 ): Promise<Pick<Parts, 'networks' | 'noNetworks'>> {
   try {
     return { networks: await openNetworks({ ...options, egress }), noNetworks: undefined }

@@ -16,6 +16,8 @@ export interface PoolOptions {
   count: number
   /** Memory of all idle boxes together, MiB. */
   memoryMb: number
+  /** One that is so many ms old is replaced: what user code leaks does not pile up for ever. */
+  ageMs: number
 }
 
 export const poolDefaults: PoolOptions = {
@@ -24,11 +26,11 @@ export const poolDefaults: PoolOptions = {
   blankMs: 10 * 60_000,
   count: 64,
   memoryMb: 1024,
+  ageMs: 30 * 60_000,
 }
 
-/** A box is replaced after so many runs, or ms: what user code leaks does not pile up for ever. */
+/** As after so many runs. */
 const maxRuns = 20_000
-const maxAgeMs = 30 * 60_000
 /** Kinds of blanks kept at once; those asked for longest ago go first. */
 const maxKinds = 6
 /** After a box was taken, another is made so many ms later: the one that was taken needs the cores now. */
@@ -141,7 +143,7 @@ export class Pool {
 
   /** Gives a box back that can take another run. */
   giveBack(sandbox: Sandbox) {
-    const worn = sandbox.shim!.runs >= maxRuns || performance.now() - sandbox.madeAt > maxAgeMs
+    const worn = sandbox.shim!.runs >= maxRuns || performance.now() - sandbox.madeAt > this.#options.ageMs
     if (this.#closed || worn || !sandbox.usable) return this.drop(sandbox)
     sandbox.idleSince = performance.now()
     this.#idle.add(sandbox)
@@ -165,6 +167,11 @@ export class Pool {
       this.#all.delete(sandbox)
       this.#refillSoon()
     })
+  }
+
+  /** Boxes of handlers that stand idle, and those of them that nobody has used. */
+  metrics(): { pool_idle: number; pool_blank: number } {
+    return { pool_idle: this.#idle.size, pool_blank: this.#blanks.size }
   }
 
   async close(): Promise<void> {
@@ -272,7 +279,7 @@ export class Pool {
     for (const sandbox of this.#idle) {
       if (this.#blanks.has(sandbox)) continue
       // Also of one that is kept: the addresses behind the names that it may reach were looked up when it was made.
-      const isOld = now - sandbox.madeAt > maxAgeMs
+      const isOld = now - sandbox.madeAt > this.#options.ageMs
       const isUnused = now - sandbox.idleSince >= this.#options.warmMs && !this.#isKept(sandbox)
       if (isOld || isUnused) this.drop(sandbox)
     }

@@ -13,6 +13,10 @@ export interface RunHeader {
   inline_bytes: number
   /** Of a call by HTTP: the request’s body follows as stream 0. */
   follows?: true
+  /** Of the first run after a snapshot: hex that random generators are seeded with; the shim goes to `root` then. */
+  seed?: string
+  /** The files of a program that nobody sent: written below `root`, run once, and forgotten with all it left. */
+  rehearsal?: Record<string, string>
   /** Written to standard error when the run is over, as `markOf` has it: what came before belongs to the run. */
   mark: string
 }

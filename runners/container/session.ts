@@ -1,7 +1,7 @@
 /** One job in a container, from the choice of its box to its outcome. */
 import { FrameError } from '../../shared/frames.ts'
 import { kinds, type Message } from '../../shared/guest.ts'
-import type { Cause, LogLine, Start, Usage } from '../../shared/workload.ts'
+import type { Cause, LogLine, MachineReceipt, Start, Usage } from '../../shared/workload.ts'
 import { nothingRan, round, timestamp } from '../guest/report.ts'
 import { Traffic } from '../guest/traffic.ts'
 import {
@@ -263,7 +263,7 @@ export class Attempt implements Prepared {
     const { usage, oom } = await this.#usage(sandbox)
     await sandbox.kill()
     this.#close(sandbox)
-    const ran = { usage, start, imageDigest: sandbox.imageDigest }
+    const ran = { usage, start, ...provenance(sandbox, start) }
     if (signal.aborted) return { status: 'stopped', ...ran }
     const { exit } = end
     const failed = (cause: Cause, message: string, exitCode: number | null = null): Outcome => ({
@@ -278,7 +278,7 @@ export class Attempt implements Prepared {
     if (end.output !== undefined)
       return { status: 'completed', output: end.output, exitCode: exit.code, ...ran }
     if (exit.oom || oom) return failed('oom', oomMessage(job), code)
-    if (exit.lost === true) return failed('runner_lost', 'the sandbox died while the command ran')
+    if (exit.lost === true) return failed('runner_lost', lostMessage('the command', exit))
     return failed('exit_code', exitMessage('the command', exit), code)
   }
 
@@ -305,7 +305,7 @@ export class Attempt implements Prepared {
     const call = new Call(sandbox, job, events, signal, own)
     const { end, traffic } = await call.run(route)
     const { usage, oom } = await this.#usage(sandbox)
-    const ran = { usage, start, imageDigest: sandbox.imageDigest }
+    const ran = { usage, start, ...provenance(sandbox, start) }
     const outcome = this.#judge(end, job, ran, traffic, oom)
     // After an oom, whoever it took, the counter would speak of the next run too.
     const isSound =
@@ -341,7 +341,7 @@ export class Attempt implements Prepared {
             `the image cannot run the handler: ${stderr.slice(-1_000) || `exit code ${exit.code}`}`,
           )
         if (exit.lost === true || exit.code === 128 + 9)
-          return failed('runner_lost', 'the sandbox died while the code ran')
+          return failed('runner_lost', lostMessage('the code', exit))
         return failed('exit_code', exitMessage('the handler’s process', exit, stderr), null, exit.code)
       }
       case 'done': {
@@ -392,7 +392,7 @@ export class Attempt implements Prepared {
   }
 }
 
-type Ran = { usage: Usage; start: Start; imageDigest: Sandbox['imageDigest'] }
+type Ran = { usage: Usage; start: Start } & ReturnType<typeof provenance>
 
 type CallEnd =
   | { kind: 'done'; header: DoneHeader; output: string | undefined; body: Buffer | undefined }
@@ -499,9 +499,9 @@ class Call implements Occupant {
       await closed
     }
     this.#signal.removeEventListener('abort', this)
-    const { usage, start, imageDigest } = outcome
+    const { usage, start } = outcome
     if (!this.#cancelled) return outcome
-    return { status: 'stopped', usage, start, ...(imageDigest === undefined ? {} : { imageDigest }) }
+    return { status: 'stopped', usage, start, ...provenance(this.#sandbox, start) }
   }
 }
 
@@ -530,6 +530,19 @@ function isJson(text: string): boolean {
     return false
   }
 }
+
+/** What the code ran on. */
+function provenance(
+  { imageDigest, box }: Sandbox,
+  start: Start,
+): { imageDigest: Sandbox['imageDigest']; machine?: MachineReceipt } {
+  const { machine } = box
+  if (machine === undefined) return { imageDigest }
+  return { imageDigest, machine: { vmm: machine.vmm, start: start === 'cold' ? machine.start : 'pool' } }
+}
+
+const lostMessage = (what: string, { reason }: Exit) =>
+  `the sandbox died while ${what} ran${reason === undefined ? '' : `: ${reason}`}`
 
 const oomMessage = ({ limits }: Job) =>
   `the code used more than its ${limits.memory_mb} MiB of memory (limits.memory_mb)`

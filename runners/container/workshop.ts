@@ -1,4 +1,5 @@
 /** Makes boxes for jobs, out of images, sources and networks. Knows neither runsc nor Docker. */
+import { createHash } from 'node:crypto'
 import { mkdir, open } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { join } from 'node:path'
@@ -17,6 +18,7 @@ import {
   commandEnv,
   type FoundUser,
   findUser,
+  fitsBlank,
   handlerEnv,
   needsFiles,
   type Route,
@@ -25,6 +27,7 @@ import {
   workingDirectory,
 } from './plan.ts'
 import { inBox, memorySpent } from './protocol.ts'
+import { rehearse, rehearseAgain } from './rehearsal.ts'
 import { readInRoot } from './rootfs.ts'
 import { Sandbox } from './sandbox.ts'
 import { makeShims } from './shims/bundle.ts'
@@ -46,6 +49,9 @@ export interface WorkshopOptions {
 type HandlerRoute = Extract<Route, { kind: 'handler' }>
 type CommandRoute = Exclude<Route, HandlerRoute>
 
+/** The text of each, in a file and by its hash. */
+type Shims = Record<'node' | 'python', { file: string; sha256: string }>
+
 /** What is missing here, and what brings it. */
 export class Unavailable extends Error {
   override name = 'Unavailable'
@@ -65,7 +71,9 @@ export class Workshop implements AsyncDisposable, BuildTools {
   readonly #options: WorkshopOptions
   readonly #archives: Archives
   readonly #go: GoBuilds
-  readonly #shims: { node: string; python: string }
+  readonly #shims: Shims
+  /** An empty directory. */
+  readonly #nothing: string
   /** Every box that there is, from its making to its removal. */
   readonly #sandboxes = new Set<Sandbox>()
   readonly #making = new Set<Promise<unknown>>()
@@ -74,10 +82,11 @@ export class Workshop implements AsyncDisposable, BuildTools {
   /** Held for as long as the runner lives. */
   readonly #runtimes = new Map<RuntimeName, Promise<Image>>()
 
-  private constructor(options: WorkshopOptions, shims: { node: string; python: string }) {
+  private constructor(options: WorkshopOptions, shims: Shims, nothing: string) {
     this.engine = options.engine
     this.#options = options
     this.#shims = shims
+    this.#nothing = nothing
     this.#archives = new Archives(join(options.files.path, 'archives'), options.budgetMb)
     this.#go = new GoBuilds(this, join(options.cacheDir, 'go'), options.budgetMb)
   }
@@ -86,10 +95,16 @@ export class Workshop implements AsyncDisposable, BuildTools {
     const texts = await makeShims()
     const dir = join(options.files.path, 'shims')
     await mkdir(dir)
-    const shims = { node: join(dir, 'shim.mjs'), python: join(dir, 'shim.py') }
+    const shim = (name: string, text: string) => ({
+      file: join(dir, name),
+      sha256: createHash('sha256').update(text).digest('hex'),
+    })
+    const shims = { node: shim('shim.mjs', texts.node), python: shim('shim.py', texts.python) }
     await writeCode(dir, 'shim.mjs', texts.node)
     await writeCode(dir, 'shim.py', texts.python)
-    return new Workshop(options, shims)
+    const nothing = join(dir, 'nothing')
+    await mkdir(nothing)
+    return new Workshop(options, shims, nothing)
   }
 
   get files(): OwnFiles {
@@ -218,13 +233,21 @@ export class Workshop implements AsyncDisposable, BuildTools {
   async #handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal): Promise<Sandbox> {
     await using held = new AsyncDisposableStack()
     held.use(image)
+    const { language } = route
+    const isReady = this.engine.resumes === true && typeof route.base === 'string' && fitsReady(job)
     const user = await this.user(image, job.user ?? image.config.user)
     const files = await this.source(job, held)
-    const mounts = [this.#shimMount(route.language)]
+    if (isReady) {
+      const network = await this.network(job, signal, held)
+      const sandbox = await this.#ready(held, language, job.limits, image, network)
+      await provide(sandbox, files!)
+      return sandbox
+    }
+    const mounts = [this.#shimMount(language)]
     if (files !== undefined) mounts.push({ source: files, target: inBox.workspace, readonly: true })
     const sandbox = await this.#make(held, {
       image,
-      argv: shimArgv(route.language, job.limits.memory_mb),
+      argv: shimArgv(language, job.limits.memory_mb),
       env: handlerEnv(image.config, user.home),
       cwd: workingDirectory(job, image.config),
       user,
@@ -244,22 +267,49 @@ export class Workshop implements AsyncDisposable, BuildTools {
   async #blank(language: 'node' | 'python', limits: Program['limits'], signal: AbortSignal) {
     await using held = new AsyncDisposableStack()
     const image = held.use(await this.image(language, signal))
+    const sandbox = await this.#ready(held, language, limits, image, undefined)
+    if (sandbox.box.resumed !== true) return sandbox
+    try {
+      await rehearseAgain(sandbox.box, sandbox.shim!, language)
+      // As the files of the job will come; these are in it already.
+      const { source, target } = this.#shimMount(language)
+      await sandbox.box.provide?.(source, target)
+    } catch (error) {
+      await sandbox.close()
+      throw error
+    }
+    return sandbox
+  }
+
+  /** A box with a shim on a runtime image of ours, whose files come later. */
+  async #ready(
+    held: AsyncDisposableStack,
+    language: 'node' | 'python',
+    limits: Program['limits'],
+    image: Image,
+    network: Network | undefined,
+  ): Promise<Sandbox> {
     const user = await this.user(image, image.config.user)
-    const dir = held.use(await this.files.makeDirectory())
-    const sandbox = await this.#make(
-      held,
-      {
-        image,
-        argv: shimArgv(language, limits.memory_mb),
-        env: handlerEnv(image.config, user.home),
-        cwd: inBox.workspace,
-        user,
-        mounts: [this.#shimMount(language), { source: dir.path, target: inBox.workspace, readonly: true }],
-        limits: boxLimits(limits, 'handler'),
-        network: undefined,
-      },
-      dir.path,
-    )
+    const spec: BoxSpec = {
+      image,
+      argv: shimArgv(language, limits.memory_mb),
+      env: handlerEnv(image.config, user.home),
+      cwd: inBox.workspace,
+      user,
+      mounts: [this.#shimMount(language)],
+      limits: boxLimits(limits, 'handler'),
+      network,
+    }
+    let workspace: string | undefined
+    if (this.engine.resumes === true) {
+      spec.mounts.push({ source: this.#nothing, target: inBox.workspace, readonly: true })
+      const key = `${language} ${this.#shims[language].sha256}`
+      spec.template = { key, exercise: (box) => rehearse(box, language) }
+    } else {
+      workspace = held.use(await this.files.makeDirectory()).path
+      spec.mounts.push({ source: workspace, target: inBox.workspace, readonly: true })
+    }
+    const sandbox = await this.#make(held, spec, workspace)
     await startShim(sandbox)
     return sandbox
   }
@@ -271,6 +321,12 @@ export class Workshop implements AsyncDisposable, BuildTools {
 
   async #fill(sandbox: Sandbox, program: Program): Promise<boolean> {
     const { source } = program
+    if (sandbox.box.provide !== undefined) {
+      await using held = new AsyncDisposableStack()
+      const files = await this.source(program, held)
+      if (files !== undefined) await sandbox.box.provide(files, inBox.workspace)
+      return files !== undefined
+    }
     const dir = sandbox.workspace
     if (dir === undefined) throw new Error('a box that is not blank')
     if (source.kind === 'code') {
@@ -285,9 +341,8 @@ export class Workshop implements AsyncDisposable, BuildTools {
   }
 
   #shimMount(language: 'node' | 'python'): Mount {
-    return language === 'node'
-      ? { source: this.#shims.node, target: inBox.nodeShim, readonly: true }
-      : { source: this.#shims.python, target: inBox.pythonShim, readonly: true }
+    const target = language === 'node' ? inBox.nodeShim : inBox.pythonShim
+    return { source: this.#shims[language].file, target, readonly: true }
   }
 
   async #make(held: AsyncDisposableStack, spec: BoxSpec, workspace?: string): Promise<Sandbox> {
@@ -343,9 +398,22 @@ export class Workshop implements AsyncDisposable, BuildTools {
 
 const imageParts = ({ digest, config, layout }: Image) => ({ digest, config, layout })
 
+/** Whether a job can run in a box that was made before anybody knew of it, its network apart. */
+const fitsReady = (job: Job) => fitsBlank({ ...job, egress: 'none' })
+
+async function provide(sandbox: Sandbox, files: string): Promise<void> {
+  try {
+    await sandbox.box.provide!(files, inBox.workspace)
+  } catch (error) {
+    await sandbox.close()
+    throw error
+  }
+}
+
 /** Starts a box whose process is a shim of ours on an image of ours. Throws where that does not come up. */
 async function startShim(sandbox: Sandbox): Promise<void> {
   const shim = sandbox.attach()
+  if (sandbox.box.resumed === true) return
   try {
     await sandbox.box.start()
     const timer = setTimeout(() => void sandbox.kill(), readyMs)

@@ -26,6 +26,8 @@ export interface MachineOptions {
   jobDrive: string
   /** Network namespace that the machine’s interface is in; undefined: its network, where it has one, leads nowhere. */
   netns: string | undefined
+  /** Share of the host’s cores that the VMM may take; may be a fraction; undefined: as much as it gets. */
+  cpu?: number
   /** Bandwidth of the job’s disk, bytes per second; undefined: no limit. */
   diskBytesPerSecond?: number
 }
@@ -43,6 +45,8 @@ export interface Template {
 export interface Machine {
   /** Of the VMM. */
   readonly pid: number
+  /** Where its interface leads, if that is not what the driver’s `guestNetwork` says of its shape. */
+  readonly network?: { address: string; gateway: string } | undefined
   /** Byte channel to the agent. Ends where the VMM does. */
   readonly channel: Duplex
   /** Settles when the VMM is gone, and nothing of it runs any more. Never rejects. */

@@ -49,6 +49,7 @@ const heartbeat = (runner: string): Heartbeat => ({
   capabilities: null,
   slots: 4,
   active: 1,
+  metrics: {},
   host: 'h',
   pid: 1,
   started_at: new Date().toISOString(),

@@ -100,6 +100,7 @@ test('code, archives and images reach the runner as they were posted, and the re
     [code.receipt.code_sha256, code.receipt.image_digest, code.receipt.start, code.receipt.limits.disk_mb],
     [sha256Hex(python), null, 'pooled', 64],
   )
+  assert.is(code.receipt.machine, null)
   assert.is((await run({ code: 'print(1)', entrypoint: 'main.py' })).output, 'python')
   assert.is((await run({ code: 'echo hello', entrypoint: ['sh', 'code'] })).output, 'oci')
   assert.is((await run({ code: 'export default 1', runtime: 'node' })).output, 'node')
@@ -132,6 +133,55 @@ test('code, archives and images reach the runner as they were posted, and the re
   assert.ok(loaded.job.source.kind === 'image-archive')
   assert.equal(await bytesOf(await loaded.job.source.open()), packed)
   assert.equal([loaded.receipt.code_sha256, loaded.receipt.image_digest], [null, imageDigest])
+})
+
+test('the receipt of a microVM names its VMM and how the machine started, however the run ends', async () => {
+  const machine = { vmm: 'QEMU 7.2.22 (emulation)', start: 'pool' as const }
+  await using here = await containers(
+    (job) => ({ ...(job.runtime === 'python' ? failed('oom') : completed()), machine }),
+    ['microvm', 'gvisor'],
+  )
+  const receiptOf = async (spec: Record<string, unknown>) => (await post(here.gateway, spec)).body.receipt
+  for (const runtime of ['node', 'python']) {
+    const receipt = await receiptOf({ isolation: 'microvm', code: 'x', runtime })
+    assert.equal([receipt.isolation, receipt.machine], ['microvm', machine])
+  }
+  const { body } = await call(here.gateway, 'GET', '/openapi.json')
+  const { Receipt, MachineReceipt } = body.components.schemas
+  assert.equal(Receipt.properties.machine.anyOf[0], { $ref: '#/components/schemas/MachineReceipt' })
+  assert.equal(MachineReceipt.properties.start.enum, ['boot', 'restore', 'pool'])
+})
+
+test('auto sends archives to a microVM runner, and refuses them where there is none', async () => {
+  await using here = await containers(() => completed(), ['gvisor', 'microvm'])
+  const { gateway, jobs } = here
+  const archive = { blob: await blob(gateway, tgzOf({ 'main.py': 'def handler(i, c): return 1' })) }
+  for (const spec of [{ runtime: 'python' }, { entrypoint: ['sh', '-c', 'true'] }]) {
+    const { body } = await post(gateway, { archive, ...spec })
+    assert.equal(
+      [body.isolation, body.receipt.isolation, body.routing_reason],
+      ['microvm', 'microvm', 'auto: an archive runs in a microvm'],
+    )
+  }
+  const project = { files: { 'main.py': 'def handler(i, c): return 1' }, runtime: 'python' }
+  const deployed = await put(gateway, 'auto', project)
+  assert.equal(
+    [deployed.body.isolation, deployed.body.routing_reason, deployed.body.runtime],
+    ['microvm', 'auto: an archive runs in a microvm', 'python'],
+    JSON.stringify(deployed.body),
+  )
+  const called = await call(gateway, 'POST', '/v1/functions/auto/invocations', { body: 1 })
+  assert.equal([called.body.status, called.body.isolation], ['completed', 'microvm'])
+  assert.is(jobs.length, 3)
+
+  await using without = await containers()
+  const stored = { blob: await blob(without.gateway, tgzOf({ 'main.py': '' })) }
+  const answer = await post(without.gateway, { archive: stored, runtime: 'python' })
+  refused(answer, 422, 'isolation_unavailable', 'isolation')
+  assert.match(answer.body.detail, 'npm run setup -- microvm')
+  assert.match(answer.body.detail, 'gvisor could run it')
+  refused(await put(without.gateway, 'auto', project), 422, 'isolation_unavailable', 'isolation')
+  assert.is(without.jobs.length, 0)
 })
 
 test('the secret of a registry goes with the image alone, and is hidden', async () => {

@@ -109,12 +109,29 @@ const word = (host: string, over: Partial<Heartbeat> = {}): Heartbeat => ({
   capabilities: { ...capabilities, version: host },
   slots: 1,
   active: 0,
+  metrics: {},
   host,
   pid: 1,
   started_at: new Date().toISOString(),
   leaving: false,
   ...over,
 })
+test('what a runner measures stands beside it; one of an older version measures nothing', async () => {
+  await using on = await ground()
+  await using gateway = await startGateway(on)
+  const { metrics: _, ...older } = word('older')
+  const newer = word('newer', { metrics: { restore_ms_p50: 64.5 } })
+  for (const beat of [newer, older]) on.bus.send(runnerSubject(beat.runner), JSON.stringify(beat))
+  const { runners } = await until('both', () => {
+    const backend = backendOf(gateway, 'isolate')
+    return backend.runners.length === 2 ? backend : undefined
+  })
+  assert.equal(Object.fromEntries(runners.map(({ host, metrics }) => [host, metrics])), {
+    newer: { restore_ms_p50: 64.5 },
+    older: {},
+  })
+})
+
 const cannot = { available: false, reason: 'no engine', fix: 'bring one', capabilities: null }
 
 test('what one host cannot offer another still can, whoever said it last, also for a new gateway', async () => {

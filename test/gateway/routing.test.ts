@@ -61,6 +61,15 @@ test('auto takes the lightest isolation that is strong enough, and says why', ()
     [{ code: 'x', runtime: 'python' }, 'microvm', /^auto: python/],
     [{ image: 'host/name:1' }, 'gvisor', /^auto: an image/],
     [{ archive: { blob: digest } }, 'microvm', /^auto: an archive/],
+    ...['node', 'python', 'go', 'javascript', 'typescript', 'oci'].map(
+      (runtime): [Record<string, unknown>, Isolation, RegExp] => [
+        { archive: { blob: digest }, runtime, limits: { memory_mb: 64 } },
+        'microvm',
+        /^auto: an archive runs in a microvm$/,
+      ],
+    ),
+    [{ archive: { blob: digest }, entrypoint: ['./app'] }, 'microvm', /^auto: an archive/],
+    [{ code: 'x', runtime: 'go' }, 'microvm', /^auto: go source/],
     [{ code: 'x', entrypoint: 'main.py' }, 'microvm', /^auto: python/],
     [{ code: 'x', entrypoint: 'index.ts' }, 'isolate', /^auto: TypeScript/],
     [{ code: 'x', entrypoint: ['sh', 'x'] }, 'microvm', /^auto: a command/],
@@ -80,6 +89,17 @@ test('auto is never weakened: what it would take is refused where that is unavai
   assert.match(problem.message, 'gvisor is unavailable: not here; install it')
   assert.match(problem.message, 'docker could run it')
   assert.not.match(problem.message, 'isolate could')
+  const archive = { archive: { blob: digest }, runtime: 'python' }
+  const weaker = refusal(archive, available('isolate', 'gvisor', 'docker'))
+  assert.match(
+    weaker.message,
+    /^microvm is unavailable: not here; install it; gvisor and docker could run it: name one in "isolation"/,
+  )
+  const listed = choose({ ...archive, isolation: ['microvm', 'gvisor'] }, available('gvisor'))
+  assert.equal(listed, {
+    isolation: 'gvisor',
+    reason: 'preferred: gvisor is choice 2 of 2; passed over: microvm is unavailable: not here; install it',
+  })
   const nobody = refusal({ image: 'host/name:1' }, available('isolate'))
   assert.not.match(nobody.message, 'could run it')
 })
@@ -159,6 +179,23 @@ test('a wait that is no number of seconds is refused', () => {
       (error: Problem) => error.code === 'invalid_header' && error.field === 'Prefer',
       header,
     )
+})
+
+test('a runner without a network refuses egress with what brings one', () => {
+  const microvm = available('microvm')('microvm')
+  const alone = {
+    ...microvm,
+    capabilities: {
+      ...microvm.capabilities!,
+      egress: ['none' as const],
+      missing: [{ wall: 'network', fix: 'run as root' }],
+    },
+  }
+  const spec = { archive: { blob: digest }, network: { egress: 'all' } }
+  assert.match(
+    refusal(spec, (isolation) => (isolation === 'microvm' ? alone : available()(isolation))).message,
+    'microvm offers egress none, not all: run as root',
+  )
 })
 
 test('a runtime that a runner lacks is refused with what brings it', () => {

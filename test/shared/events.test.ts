@@ -37,6 +37,7 @@ const end = {
   receipt: {
     code_sha256: 'f'.repeat(64),
     image_digest: null,
+    machine: null,
     runner: 'isolate-1',
     isolation: 'isolate' as const,
     walls: ['bubblewrap'],
@@ -59,17 +60,26 @@ const neverRan = {
 }
 const line = { time: now, level: 'info' as const, stream: 'console' as const, text: 'hello' }
 
-/** As it was before the limits and receipts knew of disks and images. */
+/** Of a microVM. */
+const inMachine = {
+  ...end,
+  receipt: { ...end.receipt, machine: { vmm: 'QEMU 7.2.22 (emulation)', start: 'restore' as const } },
+}
+
+/** As it was before the limits and receipts knew of disks, images and machines. */
 const ofOld = (event: object) =>
   JSON.parse(
-    JSON.stringify(event, (name, value) => (/^(disk_mb|image_digest)$/.test(name) ? undefined : value)),
+    JSON.stringify(event, (name, value) =>
+      /^(disk_mb|image_digest|machine)$/.test(name) ? undefined : value,
+    ),
   )
 
 test('an event of before a field was added is read with its default', () => {
   const accepted = eventSchemas.accepted.parse(ofOld(acceptedEvent({}, id)))
   assert.is(accepted.data.spec.limits.disk_mb, 64)
   const completed = eventSchemas.completed.parse(ofOld(makeEvent('completed', id, 1, end, origin)))
-  assert.equal([completed.data.receipt!.image_digest, completed.data.receipt!.limits.disk_mb], [null, 64])
+  const { image_digest, machine, limits } = completed.data.receipt!
+  assert.equal([image_digest, machine, limits.disk_mb], [null, null, 64])
 })
 
 /** Each event as the platform makes it. */
@@ -92,6 +102,7 @@ const examples: Record<string, AnyEvent[]> = {
   completed: [
     makeEvent('completed', id, 1, end, origin),
     makeEvent('completed', id, 1, { ...end, output: null, output_blob: { blob: digest, size: 3 } }, origin),
+    makeEvent('completed', id, 1, inMachine, origin),
   ],
   failed: [makeEvent('failed', id, 1, { ...end, cause: 'timeout', error, output: null }, origin)],
   killed: [makeEvent('killed', id, '0.kill', neverRan, { source: '/vulcan/gateways/g' })],

@@ -49,19 +49,28 @@ export async function removeOwner(
   stateDir: string,
   hierarchy: Hierarchy,
   { name, cgroup }: Pick<Owner, 'name' | 'cgroup'>,
+  more: (name: string) => Promise<void> = async () => {},
 ): Promise<void> {
   await new Cgroup(hierarchy, cgroup).removeTree()
+  await more(name)
   await rm(join(stateDir, name), { recursive: true, force: true })
   await rm(join(stateDir, `${name}${recordSuffix}`), { force: true })
 }
 
-/** Removes what owners that no longer live have left. What resists stays, for the next time. */
-export async function removeDeadOwners(stateDir: string, hierarchy: Hierarchy): Promise<void> {
+/**
+ * Removes what owners that no longer live have left: first their processes, then what `more` knows of, then files.
+ * What resists stays, for the next time.
+ */
+export async function removeDeadOwners(
+  stateDir: string,
+  hierarchy: Hierarchy,
+  more: (name: string) => Promise<void> = async () => {},
+): Promise<void> {
   for (const entry of await readdir(stateDir)) {
     if (!entry.endsWith(recordSuffix)) continue
     const owner = await readOwner(join(stateDir, entry))
     if (owner === undefined || `${owner.name}${recordSuffix}` !== entry || !isDead(owner)) continue
-    await removeOwner(stateDir, hierarchy, owner).catch(() => {})
+    await removeOwner(stateDir, hierarchy, owner, more).catch(() => {})
   }
 }
 

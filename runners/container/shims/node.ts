@@ -3,7 +3,16 @@
  * time. Made into one file by `bundle.ts`; runs on Node 18 and newer, with the standard library alone.
  */
 import { spawnSync } from 'node:child_process'
-import { existsSync, readFileSync, readSync, statSync, writeSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs'
 import { createRequire } from 'node:module'
 import { Socket } from 'node:net'
 import { isAbsolute, join } from 'node:path'
@@ -40,7 +49,8 @@ const maxStack = 32_000
 
 // Not imported: that would have Node make its own streams, and the descriptors non-blocking with them.
 const { Console } = console
-const { inspect }: typeof import('node:util') = createRequire(import.meta.url)('node:util')
+const require = createRequire(import.meta.url)
+const { inspect }: typeof import('node:util') = require('node:util')
 const sleeper = new Int32Array(new SharedArrayBuffer(4))
 
 /** Waits while the runner is slow to read: this is what holds a flood of lines back. */
@@ -349,17 +359,19 @@ function stopReason(message: string): Error {
 
 function contextOf(run: Run) {
   const log = (level: LogLevel) => {
-    const inner = new Console(
-      {
-        ...consoleSink,
-        write(text: string) {
-          if (run === current) line(level, text.slice(0, -1))
-          return true
-        },
-      } as unknown as NodeJS.WritableStream,
-      undefined,
-    )
-    return (...args: unknown[]) => inner.log(...args)
+    const sink = {
+      ...consoleSink,
+      write(text: string) {
+        if (run === current) line(level, text.slice(0, -1))
+        return true
+      },
+    } as unknown as NodeJS.WritableStream
+    let inner: Console | undefined
+    return (...args: unknown[]) => {
+      // Made for those that use it: it costs more than most calls do.
+      inner ??= new Console(sink, undefined)
+      inner.log(...args)
+    }
   }
   const logger = Object.assign(log('info'), {
     debug: log('debug'),
@@ -588,6 +600,20 @@ async function fetchJson(run: Run, fetch: Handler): Promise<void> {
 }
 
 async function start(run: Run): Promise<void> {
+  const { root, seed, rehearsal } = run.header
+  if (seed !== undefined) wakeUp(seed, root)
+  if (rehearsal === undefined) return await perform(run)
+  mkdirSync(root, { recursive: true })
+  for (const [name, text] of Object.entries(rehearsal)) writeFileSync(join(root, name), text)
+  await perform(run)
+  // Before the next run can come.
+  rmSync(root, { recursive: true, force: true })
+  for (const path of Object.keys(require.cache)) if (path.startsWith(root)) delete require.cache[path]
+  handler = undefined
+  loading = undefined
+}
+
+async function perform(run: Run): Promise<void> {
   try {
     if (loading === undefined) Object.assign(process.env, run.ctx.env)
     loading ??= load(run.header)
@@ -605,6 +631,37 @@ async function start(run: Run): Promise<void> {
   } catch (error) {
     threw(run, error)
   }
+}
+
+// -------------------------------------------------------------------------------------------- snapshots
+
+/**
+ * Every copy of a snapshot has the state that V8’s generator had in it, and there is no call that seeds it: so
+ * `Math.random` gets one of its own (xoshiro128**, Blackman and Vigna 2018). OpenSSL’s seeds itself.
+ */
+function wakeUp(seed: string, root: string): void {
+  process.chdir(root)
+  const bytes = Buffer.from(seed, 'hex')
+  let [a, b, c, d] = [0, 4, 8, 12].map((at) => bytes.readInt32LE(at)) as [number, number, number, number]
+  const next = (): number => {
+    const five = Math.imul(b, 5)
+    const result = Math.imul((five << 7) | (five >>> 25), 9)
+    const shifted = b << 9
+    c ^= a
+    d ^= b
+    b ^= c
+    a ^= d
+    c ^= shifted
+    d = (d << 11) | (d >>> 21)
+    return result
+  }
+  const { random } = { random: () => ((next() >>> 5) * 67_108_864 + (next() >>> 6)) / 9_007_199_254_740_992 }
+  Object.defineProperty(Math, 'random', {
+    value: random,
+    writable: true,
+    enumerable: false,
+    configurable: true,
+  })
 }
 
 // --------------------------------------------------------------------------------------------- messages

@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import shutil
 import struct
 import sys
 import threading
@@ -344,6 +345,13 @@ def threw(run, error, worn=False):
     done(run, "failed", "user_error", message, stack, worn=worn)
 
 
+def wake_up(seed, root):
+    """Every copy of a snapshot has the state that the generator had in it."""
+    os.chdir(root)
+    if "random" in sys.modules:
+        sys.modules["random"].seed(bytes.fromhex(seed))
+
+
 class Shim:
     def __init__(self):
         self.handler = None
@@ -365,6 +373,28 @@ class Shim:
         return self.loop.run_until_complete(main())
 
     def run(self, run):
+        seed, rehearsal = run.header.get("seed"), run.header.get("rehearsal")
+        if seed is not None:
+            wake_up(seed, run.header["root"])
+        if rehearsal is None:
+            return self.perform(run)
+        root, modules, path = run.header["root"], set(sys.modules), list(sys.path)
+        os.makedirs(root, exist_ok=True)
+        for name, text in rehearsal.items():
+            with open(os.path.join(root, name), "w") as file:
+                file.write(text)
+        self.perform(run)
+        # What was loaded of the standard library may stay; what was written here may not.
+        for name in set(sys.modules) - modules:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(root):
+                del sys.modules[name]
+        sys.path[:] = path
+        for name in [name for name in sys.path_importer_cache if name.startswith(root)]:
+            del sys.path_importer_cache[name]
+        shutil.rmtree(root, ignore_errors=True)
+        self.handler = None
+
+    def perform(self, run):
         if self.handler is None:
             try:
                 os.environ.update(run.ctx.env)

@@ -12,7 +12,7 @@ const graceMs = 10_000
 const sampleMs = 250
 
 /** Of a data directory: kept on purpose when the platform has stopped. */
-const kept = /^(?:nats(?:\/|$)|vulcan\.db|secrets\.key$)/
+const kept = /^(?:nats(?:\/|$)|vulcan\.db|secrets\.key$|microvm\/qemu\/kvm\.json$)/
 
 const cgroupRoot = '/sys/fs/cgroup'
 

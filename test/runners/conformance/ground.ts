@@ -63,6 +63,7 @@ export class Ground implements AsyncDisposable {
         ].join(),
         VULCAN_SLOTS: String(slots),
         VULCAN_CONTAINER_SLOTS: String(slots),
+        VULCAN_MICROVM_SLOTS: String(slots),
         VULCAN_ACK_WAIT_MS: String(ackWaitMs),
         TMPDIR: tmpDir,
         ...host.env,
