@@ -6,16 +6,14 @@ import { AgentError, check, namesIn, trySet, utf8, writeAll } from './system.ts'
 
 const hostname = 'vulcan'
 
-/** Safe more than once. Throws `AgentError`. */
+/** What was set last: to set an interface anew would end its connections. */
+let last: string | undefined
+
+/** Throws `AgentError`. */
 export function configureNetwork(network: MachineNetwork | null): void {
-  if (network !== null) {
-    const name = namesIn('/sys/class/net').find((found) => found !== 'lo')
-    if (name === undefined) throw new AgentError('this machine has no network interface')
-    // What is outside must not give it an address of its own choice.
-    trySet(`/proc/sys/net/ipv6/conf/${name}/disable_ipv6`, '1')
-    const [address, length] = network.address.split('/')
-    check(linux.interfaceUp(name, address!, netmask(Number(length)), network.gateway), name)
-  }
+  const wanted = JSON.stringify(network)
+  if (wanted === last) return
+  if (network !== null) raiseInterface(network)
   writeLines('/etc/hosts', [
     '127.0.0.1 localhost',
     '::1 localhost ip6-localhost ip6-loopback',
@@ -26,6 +24,16 @@ export function configureNetwork(network: MachineNetwork | null): void {
     '/etc/resolv.conf',
     (network?.nameservers ?? []).map((address) => `nameserver ${address}`),
   )
+  last = wanted
+}
+
+function raiseInterface({ address, gateway }: MachineNetwork): void {
+  const name = namesIn('/sys/class/net').find((found) => found !== 'lo')
+  if (name === undefined) throw new AgentError('this machine has no network interface')
+  // What is outside must not give it an address of its own choice.
+  trySet(`/proc/sys/net/ipv6/conf/${name}/disable_ipv6`, '1')
+  const [host, length] = address.split('/')
+  check(linux.interfaceUp(name, host!, netmask(Number(length)), gateway), name)
 }
 
 /** Of a prefix length from 0 to 32. */

@@ -68,7 +68,9 @@ function makeFile(path: string, mode: number): number {
 export function put({ path, kind, to, mode }: PutHeader): number | undefined {
   if (kind === 'file') return makeFile(path, mode)
   if (kind === 'directory') {
-    makeDirectory(path, mode)
+    // One of the image is lifted out of it, so that files can be laid into it without delay.
+    if (isThere(path)) within(path, (own) => os.utimes(own, Date.now(), Date.now()))
+    else makeDirectory(path, mode)
     return undefined
   }
   const { parent, name } = split(path)

@@ -7,6 +7,8 @@ declare module 'quickjs:os' {
   export function close(fd: number): number
   export function read(fd: number, buffer: ArrayBuffer, offset: number, length: number): number
   export function write(fd: number, buffer: ArrayBuffer, offset: number, length: number): number
+  /** Milliseconds since the epoch. */
+  export function utimes(path: string, accessed: number, modified: number): number
   export function mkdir(path: string, mode?: number): number
   export function remove(path: string): number
   export function symlink(target: string, path: string): number
