@@ -61,12 +61,40 @@ export function jobUsage(): MachineUsage {
   }
 }
 
+/** Pages that the workload has read again after the kernel had taken them, where nearly all it may have is spent. */
+let rereadBefore: number | undefined
+/** Of the limit: what the kernel could still take, at which memory counts as spent. */
+const spentShare = 0.1
+/** Pages read again between two looks that are more than a workload needs which still gets anywhere. */
+const rereadPages = 200
+
+/**
+ * Whether the workload only gets on by having the pages of its own programs taken and reading them again, as it is
+ * without memory of its own left: the kernel finds something to take for ever, and calls nothing out of memory.
+ */
+export function isThrashing(): boolean {
+  const max = Number(readText(`${job}/memory.max`)) || 0
+  const stat = lines('memory.stat')
+  const takeable = (stat.get('inactive_file') ?? 0) + (stat.get('active_file') ?? 0)
+  const reread = stat.get('workingset_refault_file') ?? stat.get('workingset_refault') ?? 0
+  const since = reread - (rereadBefore ?? reread)
+  rereadBefore = reread
+  return max > 0 && takeable < max * spentShare && since > rereadPages
+}
+
 /** A line `name number` of one of the group’s files; 0 where there is none. */
 function field(file: string, name: string): number {
-  const line = readText(`${job}/${file}`)
-    .split('\n')
-    .find((text) => text.startsWith(`${name} `))
-  return Number(line?.slice(name.length + 1)) || 0
+  return lines(file).get(name) ?? 0
+}
+
+function lines(file: string): Map<string, number> {
+  const pairs = readText(`${job}/${file}`).split('\n')
+  return new Map(
+    pairs.map((line) => {
+      const [name = '', number] = line.split(' ')
+      return [name, Number(number) || 0]
+    }),
+  )
 }
 
 /** Whether the kernel keeps the peak, so that nobody has to look. */

@@ -10,7 +10,7 @@ import {
   type Start,
 } from '../shared/machine.ts'
 import type { Channel } from './channel.ts'
-import { jobGroup, jobUsage, keepsPeak, killJob, limitJob, signalJob } from './group.ts'
+import { isThrashing, jobGroup, jobUsage, keepsPeak, killJob, limitJob, signalJob } from './group.ts'
 import { rootPath } from './layout.ts'
 import type { Loop } from './loop.ts'
 import { bindAt, makeDirectory } from './places.ts'
@@ -22,6 +22,9 @@ import { AgentError, check, openFlags, pollEvents } from './system.ts'
 const openFiles = 65_536
 /** How often the memory use is looked at where the kernel keeps no peak, ms. */
 const peakMs = 200
+/** How often it is looked whether the workload still gets anywhere within its memory, and for how many looks not. */
+const thrashMs = 500
+const thrashLooks = 6
 /** Stages of linux.c’s `execute`. */
 const directoryStage = 2
 const commandStage = 3
@@ -40,6 +43,9 @@ export class Life {
   /** Of the result file that is being sent. */
   #result: { fd: number; left: number } | undefined
   #over = false
+  /** It was ended for want of memory, as the kernel would not. */
+  #spent = false
+  #thrashed = 0
 
   constructor(loop: Loop, channel: Channel) {
     this.#loop = loop
@@ -62,6 +68,7 @@ export class Life {
     const [pid, stdin, stdout, stderr] = this.#execute(start)
     this.#pid = pid
     if (!keepsPeak()) this.#watchPeak()
+    this.#watchMemory()
     this.#outlets = [
       new Outlet(this.#loop, this.#channel, machineStreams.stdout, stdout, () => this.#proceed()),
       new Outlet(this.#loop, this.#channel, machineStreams.stderr, stderr, () => this.#proceed()),
@@ -164,7 +171,7 @@ export class Life {
   #finish(): void {
     this.#over = true
     const usage = jobUsage()
-    const exited: Exited = { code: this.#code!, oom: usage.oom_kills > 0, usage }
+    const exited: Exited = { code: this.#code!, oom: this.#spent || usage.oom_kills > 0, usage }
     this.#channel.sendJson(machineKinds.exited, exited)
   }
 
@@ -172,5 +179,15 @@ export class Life {
     if (this.#over) return
     jobUsage()
     this.#loop.after(peakMs, () => this.#watchPeak())
+  }
+
+  #watchMemory(): void {
+    if (this.#over) return
+    this.#thrashed = isThrashing() ? this.#thrashed + 1 : 0
+    if (this.#thrashed === thrashLooks) {
+      this.#spent = true
+      killJob()
+    }
+    this.#loop.after(thrashMs, () => this.#watchMemory())
   }
 }
