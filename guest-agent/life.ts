@@ -171,7 +171,8 @@ export class Life {
   #finish(): void {
     this.#over = true
     const usage = jobUsage()
-    const exited: Exited = { code: this.#code!, oom: this.#spent || usage.oom_kills > 0, usage }
+    if (this.#spent) usage.oom_kills++
+    const exited: Exited = { code: this.#code!, oom: usage.oom_kills > 0, usage }
     this.#channel.sendJson(machineKinds.exited, exited)
   }
 

@@ -65,6 +65,15 @@ function mapsAll(): boolean {
   }
 }
 
+/** Whether a device can be opened by a user who is not root. */
+export function isOpenToOthers(device: string): boolean {
+  try {
+    return groupsOf(device).length > 0 || (statSync(device).mode & 0o006) === 0o006
+  } catch {
+    return false
+  }
+}
+
 /** The group whose members may open a device; none where there is no such group, or it is root’s. */
 export function groupsOf(device: string): number[] {
   try {

@@ -6,6 +6,8 @@ export type Accelerator = 'kvm' | 'emulation'
 export interface QemuVersion {
   /** As it says: `7.2.22`. */
   text: string
+  /** All it says of itself: one version is built more than once. */
+  build: string
   major: number
   minor: number
 }
@@ -67,11 +69,6 @@ export const threadsOf = (shape: MachineShape) => shape.vcpus + 96
 /** What the guest’s interface has, and where it leads: QEMU’s user network (`-netdev user`). */
 export const userNetwork = { address: '10.0.2.15/24', gateway: '10.0.2.2' } as const
 
-/**
- * What a restored machine must have been saved with, in words: part of what templates are told apart by.
- */
-export const machineModel = (accelerator: Accelerator) => (accelerator === 'kvm' ? 'host' : emulatedCpu)
-
 /** Since 8.2 memory can be mapped privately from a file that may only be read. */
 export const takesReadOnlyMemory = ({ major, minor }: QemuVersion) => major > 8 || (major === 8 && minor >= 2)
 
@@ -93,7 +90,7 @@ export function qemuArguments(line: QemuLine): string[] {
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
     ...['-M', 'microvm,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem,dump-guest-core=off,mem-merge=off'],
     ...accelerate(line.accelerator),
-    ...['-cpu', machineModel(line.accelerator)],
+    ...['-cpu', line.accelerator === 'kvm' ? 'host' : emulatedCpu],
     ...['-m', `${shape.memoryMb}`, '-smp', `${shape.vcpus}`],
     ...['-object', memory(line)],
     // A snapshot without the state that the machine was in: what is restored runs at once.

@@ -1,10 +1,11 @@
 /** The driver `qemu`: machines of QEMU’s `microvm` board, under KVM where that runs guests, emulated elsewhere. */
 import { execFile } from 'node:child_process'
-import { existsSync, readFileSync } from 'node:fs'
+import { createHash } from 'node:crypto'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { programsEnv } from '../../container/gvisor/programs.ts'
 import { findProgram } from '../../container/images/processes.ts'
+import { Namespace } from '../../container/network/namespace.ts'
 import {
   type Driver,
   type DriverOptions,
@@ -18,13 +19,14 @@ import { type Holding, holdMachines } from '../owners.ts'
 import { groupsOf, Users } from '../users.ts'
 import {
   type Accelerator,
-  machineModel,
   type QemuVersion,
+  qemuArguments,
   takesReadOnlyMemory,
   userNetwork,
 } from './arguments.ts'
 import { kvmDevice, probeKvm } from './kvm.ts'
 import { QemuMachine } from './machine.ts'
+import { type Processor, readProcessor } from './processor.ts'
 import type { Host } from './start.ts'
 
 export interface QemuOptions extends DriverOptions {
@@ -58,11 +60,14 @@ export async function createQemu(options: QemuOptions): Promise<Driver> {
   const version = await versionOf(qemu)
   await using scope = new AsyncDisposableStack()
   const holding = scope.use(await holdMachines(options))
+  const processor = readProcessor()
+  const nowhere = await emptyNamespace()
+  if (nowhere !== undefined) scope.use(nowhere)
   const hostFor = (accelerator: Accelerator): Host => ({
-    ...{ qemu, version, accelerator, owner: options.owner, cgroup: holding.cgroup },
-    model: `QEMU ${version.text} ${accelerator} ${machineModel(accelerator)}`,
+    ...{ qemu, version, accelerator, owner: options.owner, cgroup: holding.cgroup, nowhere },
+    model: modelOf({ version, accelerator }, processor),
     users: new Users(accelerator === 'kvm' ? groupsOf(kvmDevice) : []),
-    tscKhz: tscKhz(),
+    tscKhz: processor.tscKhz,
   })
   const { accelerator, why } = await chooseAccelerator(options, hostFor, holding)
   const driver = new Qemu(hostFor(accelerator), why)
@@ -75,7 +80,7 @@ async function versionOf(qemu: string): Promise<QemuVersion> {
   const { stdout } = await execute(qemu, ['--version'], { timeout: versionMs, env: programsEnv })
   const [, text, major, minor] = /version ((\d+)\.(\d+)[.\d]*)/.exec(stdout) ?? []
   if (text === undefined) throw new Error(`${qemu} does not say which version it is`)
-  const version = { text, major: Number(major), minor: Number(minor) }
+  const version = { text, build: stdout, major: Number(major), minor: Number(minor) }
   if (version.major > oldest.major || (version.major === oldest.major && version.minor >= oldest.minor))
     return version
   throw new Error(`QEMU ${oldest.major}.${oldest.minor} or newer is needed, and this is ${text}`)
@@ -92,15 +97,27 @@ async function chooseAccelerator(
   return { accelerator: works ? 'kvm' : 'emulation', why }
 }
 
+/** What QEMU itself should not reach, whoever has taken it over: the host’s loopback, and anything else. */
+async function emptyNamespace(): Promise<Namespace | undefined> {
+  if (process.getuid?.() !== 0) return undefined
+  return await Namespace.create(async () => '').catch(() => undefined)
+}
+
 /**
- * kHz of the time stamp counter, which an emulated one follows. /proc/cpuinfo has it where the clock of the cores is
- * not scaled; undefined elsewhere.
+ * What a template made here goes with: this build of QEMU, this processor, these devices. Anything else would go on as
+ * another machine in the middle of its work.
  */
-function tscKhz(): number | undefined {
-  if (existsSync('/sys/devices/system/cpu/cpu0/cpufreq')) return undefined
-  const info = readFileSync('/proc/cpuinfo', 'latin1')
-  const mhz = Number(/^cpu MHz\s*: ([\d.]+)/m.exec(info)?.[1])
-  return /^flags.*\bconstant_tsc\b/m.test(info) && mhz > 0 ? Math.round(mhz * 1_000) : undefined
+function modelOf(
+  { version, accelerator }: Pick<Host, 'version' | 'accelerator'>,
+  processor: Processor,
+): string {
+  const shape = { kernel: '', initramfs: '', root: '', memoryMb: 256, vcpus: 1, network: true }
+  const args = qemuArguments({
+    ...{ name: '', shape, version, accelerator, isNetworkOpen: false, diskBytesPerSecond: undefined },
+    start: { kind: 'restore', memory: 'file' },
+  })
+  const hash = createHash('sha256').update(JSON.stringify([version.build, processor.name, args]))
+  return `QEMU ${version.text} ${accelerator} ${hash.digest('hex').slice(0, 16)}`
 }
 
 class Qemu implements Driver {
@@ -128,7 +145,16 @@ class Qemu implements Driver {
       ['seccomp', true, ''],
       ['no new privileges', true, ''],
       ['unprivileged user', host.users.areOthers, asRoot],
-      ['control groups', host.cgroup !== undefined, host.users.areOthers ? 'control groups' : asRoot],
+      [
+        'empty network namespace',
+        host.nowhere !== undefined,
+        host.users.areOthers ? 'Debian’s package iproute2' : asRoot,
+      ],
+      [
+        'control groups',
+        host.cgroup !== undefined,
+        host.users.areOthers ? 'see docs/containers.md: control groups' : asRoot,
+      ],
       [
         'read-only templates',
         host.users.areOthers && takesReadOnlyMemory(host.version),

@@ -10,6 +10,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { z } from 'zod'
 import { thisBoot } from '../../../shared/process-identity.ts'
+import { isOpenToOthers } from '../users.ts'
 import { QemuMachine } from './machine.ts'
 import type { Host } from './start.ts'
 
@@ -64,6 +65,11 @@ function deviceOf(): number[] {
 
 async function tryKvm(host: Host, kernel: string, parent: string): Promise<Omit<Verdict, 'of'>> {
   if (deviceOf().length === 0) return { works: false, why: `there is no ${kvmDevice}` }
+  if (host.users.areOthers && !isOpenToOthers(kvmDevice))
+    return {
+      works: false,
+      why: `${kvmDevice} is for root alone: chgrp kvm ${kvmDevice}; chmod 660 ${kvmDevice}`,
+    }
   await mkdir(parent, { recursive: true })
   const dir = await mkdtemp(join(parent, 'kvm-'))
   try {

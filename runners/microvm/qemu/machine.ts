@@ -1,5 +1,6 @@
 /** One virtual machine: a process of QEMU with all that hangs on it. */
 import { readFileSync } from 'node:fs'
+import { chmod } from 'node:fs/promises'
 import type { Duplex } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { CgroupUsage } from '../../container/gvisor/cgroups.ts'
@@ -50,7 +51,7 @@ export class QemuMachine implements Machine {
   static async boot(host: Host, id: string, shape: MachineShape, options: MachineOptions) {
     const machine = await QemuMachine.#start(host, id, shape, options, { kind: 'boot' })
     return await machine.#whole(() =>
-      Promise.all([machine.#started.admitted, machine.#qmp.call('qmp_capabilities', {}, startMs)]),
+      Promise.all([machine.#started.admitted, machine.#qmp.call('qmp_capabilities', undefined, startMs)]),
     )
   }
 
@@ -64,7 +65,7 @@ export class QemuMachine implements Machine {
       // All under way at once: a round trip is an answer of QEMU’s, and it has much to do.
       Promise.all([
         qmp.event(({ name }) => name === 'RESUME', restoreMs, 'its restoring'),
-        qmp.call('qmp_capabilities', {}, startMs),
+        qmp.call('qmp_capabilities', undefined, startMs),
         qmp.call('migrate-set-capabilities', { capabilities: [ignoreShared(memory === 'file')] }, startMs),
         // The guest runs when its state is there: by then it has to be held.
         machine.#started.admitted.then(() =>
@@ -102,7 +103,7 @@ export class QemuMachine implements Machine {
     this.#dir = dir
     this.#started = started
     const { child, ours, cgroup, admitted, identity } = started
-    this.pid = child.pid ?? 0
+    this.pid = child.pid!
     this.channel = ours.agent
     // How it ended is told by `exited`.
     for (const stream of Object.values(ours)) stream.on('error', () => {})
@@ -115,11 +116,6 @@ export class QemuMachine implements Machine {
     this.#qmp = new Qmp(ours.qmp)
     const ended = new Promise<End>((resolve) => {
       child.once('exit', (code, signal) => resolve({ code, signal }))
-      child.once('error', (error) => {
-        this.#complaint += error.message
-        // What was never there has no end either.
-        if (child.pid === undefined) resolve({ code: null, signal: null })
-      })
     })
     this.exited = ended.then(async (end) => {
       this.#hasEnded = true
@@ -156,6 +152,8 @@ export class QemuMachine implements Machine {
   async snapshot(dir: string): Promise<void> {
     const { version, model, users } = this.#host
     try {
+      // Its files are for whoever is handed them, and nobody comes to them by their paths.
+      await chmod(dir, 0o700)
       const memory = await this.#save(dir)
       await this.kill()
       // QEMU before 8.2 opens for writing what it only reads.

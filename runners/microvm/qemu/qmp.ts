@@ -50,7 +50,7 @@ export class Qmp {
    * What a command returns. The first has to be `qmp_capabilities`. Rejects with `QmpError`: refused, no answer in
    * `ms`, or the connection is lost.
    */
-  call(command: string, args: Record<string, unknown> = {}, ms = 10_000): Promise<unknown> {
+  call(command: string, args?: Record<string, unknown>, ms = 10_000): Promise<unknown> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure)
     const id = ++this.#last
     return new Promise((resolve, reject) => {
@@ -68,7 +68,8 @@ export class Qmp {
         resolve: (value) => settle(() => resolve(value)),
         reject: (error) => settle(() => reject(error)),
       })
-      this.#socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`)
+      // As short as may be: QEMU reads one byte at a time.
+      this.#socket.write(`${JSON.stringify({ execute: command, ...(args && { arguments: args }), id })}\n`)
     })
   }
 

@@ -1,5 +1,6 @@
 /** The start of a QEMU process: its groups, its user, its descriptors. */
 import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { chownSync, closeSync, fchownSync, ftruncateSync, openSync, statSync } from 'node:fs'
 import { copyFile, mkdir } from 'node:fs/promises'
 import type { Socket } from 'node:net'
@@ -7,6 +8,7 @@ import { join } from 'node:path'
 import type { Readable } from 'node:stream'
 import type { Cgroup } from '../../container/gvisor/cgroups.ts'
 import { programsEnv } from '../../container/gvisor/programs.ts'
+import type { Namespace } from '../../container/network/namespace.ts'
 import type { MachineOptions, MachineShape } from '../driver.ts'
 import { nameOf } from '../owners.ts'
 import type { Identity, Users } from '../users.ts'
@@ -35,6 +37,8 @@ export interface Host {
   /** Groups of machines are made in it; undefined: none can be made. */
   cgroup: Cgroup | undefined
   users: Users
+  /** A network namespace with nothing in it; undefined: none can be made. */
+  nowhere: Namespace | undefined
   /** What the host’s time stamp counter runs at, where it is known. */
   tscKhz: number | undefined
 }
@@ -77,7 +81,7 @@ export async function startQemu(
       beginning.kind === 'boot'
         ? await bootFiles(open, shape, options, identity)
         : restoreFiles(open, host.version, beginning)
-    // Only as root can a namespace be entered; the network leads nowhere then.
+    // Only as root can a namespace be entered; the network leads nowhere elsewhere.
     const netns = shape.network && process.getuid?.() === 0 ? options.netns : undefined
     const command = [
       host.qemu,
@@ -92,11 +96,16 @@ export async function startQemu(
     stdio[descriptors.root] = open(shape.root)
     stdio[descriptors.job] = open(options.jobDrive)
     for (const [fd, file] of files) stdio[fd] = file
-    const child = spawn(launcher, launchArgs({ command, netns, identity }), {
+    const child = spawn(launcher, launchArgs({ command, netns: netns ?? host.nowhere?.path, identity }), {
       // Its own session: a terminal’s Ctrl-C is for the runner.
       ...{ detached: true, cwd: '/', env: programsEnv },
       stdio: Array.from(stdio, (entry) => entry ?? 'ignore'),
     })
+    if (child.pid === undefined) {
+      const [error] = await once(child, 'error')
+      for (const stream of child.stdio ?? []) stream?.destroy()
+      throw error
+    }
     const [, , complaint, qmp, agent, console] = child.stdio as unknown as [
       ...[null, null],
       Readable,
@@ -118,11 +127,11 @@ export async function startQemu(
 /** While QEMU loads its libraries: the kernel takes some ms for it, which it spends waiting. */
 async function admit(
   cgroup: Cgroup | undefined,
-  pid: number | undefined,
+  pid: number,
   shape: MachineShape,
   cpu: number | undefined,
 ): Promise<void> {
-  if (cgroup === undefined || pid === undefined) return
+  if (cgroup === undefined) return
   await cgroup.make()
   const memoryBytes = (shape.memoryMb + overheadMb) * mebibyte
   await cgroup.limit({ memoryBytes, cpu, tasks: threadsOf(shape) })

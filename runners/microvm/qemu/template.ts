@@ -25,13 +25,9 @@ const manifestFile = (dir: string) => join(dir, 'template.json')
 /** The longest a copy to another file system may take, ms. */
 const copyMs = 120_000
 
-/**
- * Makes the memory of a machine that is gone that of a template; memory that a machine owns is for everybody who holds
- * the file, and nobody reaches it by its path. `mode`: what machines that are restored need of it.
- */
+/** Makes the memory of a machine that is gone that of a template. `mode`: what machines that are restored need of it. */
 export async function keepMemory(file: string, dir: string, mode: number): Promise<void> {
   const kept = memoryFile(dir)
-  await chmod(dir, 0o700)
   try {
     await rename(file, kept)
   } catch (error) {

@@ -16,7 +16,7 @@ const call = (port: number) => `timeout 4 nc 10.0.2.2 ${port} </dev/null`
 
 let made: Promise<Template> | undefined
 const networked = (it: QemuHost): Promise<Template> => {
-  made ??= it.template({ ...it.shape, network: true })
+  made ??= it.template({ ...it.shape, network: true, vcpus: 2 })
   return made
 }
 
@@ -29,6 +29,7 @@ machineTest(
     try {
       await once(child.stdout!, 'data')
       await using guest = await it.restore(await networked(it), { netns: `/proc/${child.pid}/ns/net` })
+      assert.match((await guest.run('ls /sys/devices/system/cpu')).said, 'cpu1')
       assert.is((await guest.run(up)).code, 0)
       // Where nothing is but what was put there.
       assert.is((await guest.run(call(7_000))).said, 'inside\n')

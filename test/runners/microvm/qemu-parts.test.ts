@@ -16,7 +16,7 @@ import { cacheDir, cgroupParent, newOwner, noMachines } from './qemu-support.ts'
 const boot: QemuLine = {
   name: 'owner.m1',
   shape: { kernel: '/k', initramfs: '/i', root: '/r', memoryMb: 192, vcpus: 2, network: false },
-  version: { text: '7.2.22', major: 7, minor: 2 },
+  version: { text: '7.2.22', build: '', major: 7, minor: 2 },
   accelerator: 'emulation',
   start: { kind: 'boot', tscKhz: 2_000_000 },
   isNetworkOpen: false,
@@ -28,7 +28,7 @@ const values = (line: QemuLine, option: string) => {
   const args = qemuArguments(line)
   return args.filter((_, index) => args[index - 1] === option)
 }
-const version = (major: number, minor: number) => ({ text: `${major}.${minor}`, major, minor })
+const version = (major: number, minor: number) => ({ text: `${major}.${minor}`, build: '', major, minor })
 
 test('a restored machine is the same but for its memory and where it begins', () => {
   const [booted, restored] = [qemuArguments(boot), qemuArguments(restore)]
@@ -177,7 +177,7 @@ test('whatever is no QMP ends the conversation, and everybody who waits is told'
 
 test('an answer that does not come, or nobody at the other end, is an error', async () => {
   const { qmp, theirs } = session()
-  assert.match(await rejection(qmp.call('stop', {}, 30)), 'no answer to stop in 30 ms')
+  assert.match(await rejection(qmp.call('stop', undefined, 30)), 'no answer to stop in 30 ms')
   assert.match(await rejection(qmp.event(() => true, 30, 'waiting')), 'waiting took more than 30 ms')
   // It was answered too late: nobody waits any more.
   theirs.write('{"return":{},"id":1}\n{"return":{},"id":99}\n')

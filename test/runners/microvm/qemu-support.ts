@@ -2,7 +2,7 @@
 import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync } from 'node:fs'
 import { mkdir, mkdtemp, readFile, rm, truncate, writeFile } from 'node:fs/promises'
-import { homedir, tmpdir } from 'node:os'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'uvu'
 import { writeCpio } from '../../../rootfs/cpio.ts'
@@ -17,13 +17,13 @@ import {
   type Template,
 } from '../../../runners/microvm/driver.ts'
 import { createQemu, type QemuOptions } from '../../../runners/microvm/qemu/index.ts'
+import { cacheDirectory } from '../../../scripts/cache-directory.ts'
 import { skip } from '../../harness.ts'
 
 /** Where the tests’ control groups are: not where those of a running vulcan are. */
 export const cgroupParent = '/vulcan-test'
 export const isRoot = process.getuid?.() === 0
-export const cacheDir =
-  process.env.VULCAN_CACHE_DIR ?? join(process.env.XDG_CACHE_HOME ?? join(homedir(), '.cache'), 'vulcan')
+export const cacheDir = cacheDirectory(process.env)
 const answerMs = 20_000
 
 const programs = 'cat cut dd echo head ifconfig insmod ls mount nc poweroff seq sh sleep timeout tr true wc'

@@ -1,4 +1,4 @@
-import { readFileSync } from 'node:fs'
+import { readFileSync, readlinkSync } from 'node:fs'
 import { open, readdir, readFile, stat, utimes, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { test } from 'uvu'
@@ -70,7 +70,8 @@ machineTest('a machine that ends by itself is told, and leaves nothing', async (
 
 machineTest('a kernel that panics ends the machine', async (it) => {
   const guest = await it.restore(await it.template(it.shape))
-  guest.machine.channel.write('echo c >/proc/sysrq-trigger\n')
+  // The first process must not end.
+  guest.machine.channel.write('exit 1\n')
   const { code } = await guest.machine.exited
   assert.is(code, 0)
   assert.match(guest.machine.console(), 'Kernel panic')
@@ -110,6 +111,27 @@ machineTest('a console is kept to its last part, however much is said', async (i
   assert.match(said, 'the last word')
 })
 
+machineTest('a machine may use all the memory that it has', async (it) => {
+  await using guest = await it.restore(await it.template(it.shape))
+  const fill =
+    'mount -t tmpfs -o size=110m none /tmp && dd if=/dev/zero of=/tmp/full bs=1M count=100 2>/dev/null'
+  assert.is((await guest.run(fill)).code, 0)
+  assert.is((await guest.run('wc -c </tmp/full')).said, '104857600\n')
+  assert.ok((await guest.machine.usage()).memoryMb > 100)
+})
+
+machineTest('what QEMU does not take is told in its words, and leaves nothing', async (it) => {
+  const shape = { ...it.shape, kernel: it.shape.root }
+  const failed = await it.driver.boot(shape, await it.place()).catch((error) => error)
+  assert.instance(failed, MachineError)
+  assert.match(failed.message, 'qemu')
+  const missing = await it.driver.boot({ ...it.shape, root: '/nowhere' }, await it.place()).catch((e) => e)
+  assert.instance(missing, MachineError)
+  assert.match(missing.message, 'ENOENT')
+  assert.equal(it.driver.pids(), [])
+  assert.ok(groupsOf(it.options.owner).every((dir) => dir.endsWith(it.options.owner)))
+})
+
 machineTest('a machine reads no faster than it may', async (it) => {
   const template = await it.template(it.shape)
   await using guest = await it.restore(template, { diskBytesPerSecond: 2 ** 20 })
@@ -124,6 +146,9 @@ machineTest(
     const template = await it.template(it.shape)
     await using one = await it.restore(template, { cpu: 0.5 })
     await using other = await it.restore(template)
+    const nets = [one, other].map(({ machine: { pid } }) => readlinkSync(`/proc/${pid}/ns/net`))
+    assert.is(nets[0], nets[1])
+    assert.is.not(nets[0], readlinkSync('/proc/self/ns/net'))
     const users = [one, other].map(({ machine: { pid } }) => {
       const status = readFileSync(`/proc/${pid}/status`, 'latin1')
       const field = (name: string) => new RegExp(`^${name}:[ \\t]+(.*)$`, 'm').exec(status)?.[1]
