@@ -157,7 +157,7 @@ function prewarm(workshop: Workshop, pool: Pool, program: Program, count: number
     const { base } = route
     pool.keep(key, count, async () => {
       const image = await workshop.image(base, never)
-      const sandbox = await workshop.handler(handler, jobOf(program), image, never)
+      const sandbox = await workshop.handler(handler, jobOf(program), image, never, true)
       sandbox.programKey = key
       return sandbox
     })

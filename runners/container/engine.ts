@@ -138,8 +138,8 @@ export interface Box {
   /** Runs `argv`. Rejects with `BoxError`. */
   start(): Promise<void>
   /**
-   * Lays a directory’s files where the box’s process finds them, read-only where they are many: for boxes that see
-   * no directory of the host. At most once. Rejects with `BoxError`.
+   * Lays a directory’s files into a directory that the box has, or over it where they are many: for boxes that see no
+   * directory of the host. Once, apart from what is small. Rejects with `BoxError`.
    */
   provide?(directory: string, target: string): Promise<void>
   /** Settles when the first process has ended and its output was read to the end, or the box was killed. Never rejects. */

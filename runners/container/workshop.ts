@@ -27,7 +27,7 @@ import {
   workingDirectory,
 } from './plan.ts'
 import { inBox, memorySpent } from './protocol.ts'
-import { rehearse, rehearseAgain } from './rehearsal.ts'
+import { rehearsalKey, rehearse, rehearseAgain } from './rehearsal.ts'
 import { readInRoot } from './rootfs.ts'
 import { Sandbox } from './sandbox.ts'
 import { makeShims } from './shims/bundle.ts'
@@ -225,12 +225,21 @@ export class Workshop implements AsyncDisposable, BuildTools {
     return { sandbox, result }
   }
 
-  /** A box with a shim for this job; started where nothing of the user’s runs by that. */
-  handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal): Promise<Sandbox> {
-    return this.#tracked((either) => this.#handler(route, job, image, either), signal)
+  /**
+   * A box with a shim for this job; started where nothing of the user’s runs by that. `ahead`: it has time, and is to
+   * be quick when its first run comes.
+   */
+  handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal, ahead = false): Promise<Sandbox> {
+    return this.#tracked((either) => this.#handler(route, job, image, either, ahead), signal)
   }
 
-  async #handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal): Promise<Sandbox> {
+  async #handler(
+    route: HandlerRoute,
+    job: Job,
+    image: Image,
+    signal: AbortSignal,
+    ahead: boolean,
+  ): Promise<Sandbox> {
     await using held = new AsyncDisposableStack()
     held.use(image)
     const { language } = route
@@ -240,7 +249,8 @@ export class Workshop implements AsyncDisposable, BuildTools {
     if (isReady) {
       const network = await this.network(job, signal, held)
       const sandbox = await this.#ready(held, language, job.limits, image, network)
-      await provide(sandbox, files!)
+      if (ahead) await this.#limber(sandbox, language)
+      await orClosed(sandbox, () => sandbox.box.provide!(files!, inBox.workspace))
       return sandbox
     }
     const mounts = [this.#shimMount(language)]
@@ -268,17 +278,20 @@ export class Workshop implements AsyncDisposable, BuildTools {
     await using held = new AsyncDisposableStack()
     const image = held.use(await this.image(language, signal))
     const sandbox = await this.#ready(held, language, limits, image, undefined)
-    if (sandbox.box.resumed !== true) return sandbox
-    try {
-      await rehearseAgain(sandbox.box, sandbox.shim!, language)
+    await this.#limber(sandbox, language)
+    return sandbox
+  }
+
+  /** What a snapshot does not bring with it. */
+  async #limber(sandbox: Sandbox, language: 'node' | 'python'): Promise<void> {
+    const { box, shim } = sandbox
+    if (box.resumed !== true) return
+    await orClosed(sandbox, async () => {
+      await rehearseAgain(box, shim!, language)
       // As the files of the job will come; these are in it already.
       const { source, target } = this.#shimMount(language)
-      await sandbox.box.provide?.(source, target)
-    } catch (error) {
-      await sandbox.close()
-      throw error
-    }
-    return sandbox
+      await box.provide?.(source, target)
+    })
   }
 
   /** A box with a shim on a runtime image of ours, whose files come later. */
@@ -303,7 +316,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
     let workspace: string | undefined
     if (this.engine.resumes === true) {
       spec.mounts.push({ source: this.#nothing, target: inBox.workspace, readonly: true })
-      const key = `${language} ${this.#shims[language].sha256}`
+      const key = `${language} ${this.#shims[language].sha256} ${rehearsalKey(language)}`
       spec.template = { key, exercise: (box) => rehearse(box, language) }
     } else {
       workspace = held.use(await this.files.makeDirectory()).path
@@ -401,9 +414,9 @@ const imageParts = ({ digest, config, layout }: Image) => ({ digest, config, lay
 /** Whether a job can run in a box that was made before anybody knew of it, its network apart. */
 const fitsReady = (job: Job) => fitsBlank({ ...job, egress: 'none' })
 
-async function provide(sandbox: Sandbox, files: string): Promise<void> {
+async function orClosed(sandbox: Sandbox, work: () => Promise<void>): Promise<void> {
   try {
-    await sandbox.box.provide!(files, inBox.workspace)
+    await work()
   } catch (error) {
     await sandbox.close()
     throw error

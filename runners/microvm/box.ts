@@ -185,7 +185,7 @@ export class MicrovmBox implements Box {
     try {
       const small = await smallTree(directory, target)
       if (small !== undefined) {
-        this.#put(small)
+        this.#put(small.filter(({ header }) => header.kind !== 'directory' || header.path !== target))
         await inTime(this.#channel.ping(), answerMs, 'its files')
         return
       }
