@@ -20,7 +20,7 @@ import { descendants } from '../test/runners/conformance/census.ts'
 import { bareMachines } from './bare-machine.ts'
 import { watchSteal } from './cpu.ts'
 import { repeat, summarise } from './load.ts'
-import { ms, perSecond, Taken } from './table.ts'
+import { ms, Taken } from './table.ts'
 
 const [runs = 15, rounds = 3] = process.argv.slice(2).map(Number)
 /** A machine that was taken is replaced within so many ms. */
@@ -102,6 +102,7 @@ for (let round = 0; round < rounds; round++) {
 const memory = await memoryOfStanding()
 const share = stolen()
 
+const perSecond = (rate: number) => `${rate.toFixed(1)}/s`
 const row = (label: string, ours: string, beneath = '', ratio = '') =>
   console.log(`${label.padEnd(48)}${ours.padStart(14)}${beneath.padStart(14)}${ratio.padStart(16)}`)
 row('p50', 'vulcan', 'bare VMM', 'vulcan / bare')

@@ -85,7 +85,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     capabilities: runner.capabilities,
     slots,
     active: held.size,
-    metrics: runner.metrics?.() ?? {},
+    metrics: finite(runner.metrics?.() ?? {}),
     host: hostname(),
     pid: process.pid,
     started_at: startedAt,
@@ -171,6 +171,10 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
   rollCalls.unsubscribe()
   controls.unsubscribe()
 }
+
+/** JSON has no other numbers, and a heartbeat that cannot be read is none. */
+const finite = (metrics: Record<string, number>): Record<string, number> =>
+  Object.fromEntries(Object.entries(metrics).filter(([, value]) => Number.isFinite(value)))
 
 /** Records what this isolation’s runners can do on this host, so that gateways know it also while none is alive. */
 export async function announce(

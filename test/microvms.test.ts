@@ -181,6 +181,18 @@ under('the backend tells what it is, what guards it, and what its limits are', a
   assert.ok(runtimes.includes('oci'))
   for (const limit of ['memory', 'cpu', 'pids', 'file_size', 'disk'] as const)
     assert.ok(['enforced', 'not enforced'].includes(limits![limit]!), limit)
+  const metrics = await until('its measurements', async () => {
+    const [runner] = (await backend('microvm')).runners
+    return (runner?.metrics.machines_restored ?? 0) > 0 ? runner!.metrics : undefined
+  })
+  for (const name of [
+    'machines_active',
+    'machines_paused',
+    'restore_ms_p50',
+    'round_trip_ms_p50',
+    'pool_idle',
+  ])
+    assert.ok(metrics[name]! >= 0, `${name}: ${JSON.stringify(metrics)}`)
 })
 
 under('auto takes nothing weaker where there is no microVM runner', async () => {

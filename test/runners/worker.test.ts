@@ -717,10 +717,12 @@ test('a runner says what it is: at its start, when asked, and when it leaves', a
   assert.ok(beats[0]!.available)
   await submit(on.bus)
   await until('the start', () => worker.runner.ran.length === 1 || undefined)
+  worker.runner.metrics = () => ({ runs: 1, never_ms_p50: Number.NaN })
   const before = beats.length
   on.bus.send(rollCallSubject, '')
   await until('the answer', () => beats[before])
   assert.is(beats[before]!.active, 1)
+  assert.equal(beats[before]!.metrics, { runs: 1 })
   await on.bus.ask(controlSubject(worker.runner.ran[0]!.id), '{"action":"kill"}', 1_000)
   await worker.stop()
   await until('the last', () => beats.at(-1)!.leaving || undefined)
