@@ -17,7 +17,7 @@ const suites = ['bookworm', 'bookworm-security']
 /** Depends on the package of the newest version. */
 const metapackage = 'linux-image-cloud-amd64'
 /** Counts what this file makes of one package. */
-const recipe = 1
+const recipe = 2
 
 /** What a machine may need; those that are part of the kernel itself are left out. */
 const wanted = [

@@ -65,7 +65,12 @@ const parts = await readParts(cacheDirectory(process.env), 'packaged')
 if (parts?.kernel.modules === undefined)
   skip(test, "Debian's kernel has every module behind what it needs", 'this kernel was not made here')
 else {
-  const { vmlinux, modules } = parts.kernel
+  const { vmlinux, bzImage: packed, modules } = parts.kernel
+  test("Debian's kernel comes out the same, whether the code that does it was compiled meanwhile or not", () => {
+    const once = vmlinuxOf(readFileSync(packed!))
+    assert.ok(vmlinuxOf(readFileSync(packed!)).equals(once))
+    assert.ok(readFileSync(vmlinux).equals(once))
+  })
   test("Debian's kernel has every module behind what it needs", () => {
     assert.is(readFileSync(vmlinux).toString('latin1', 0, 4), '\x7fELF')
     const order = readFileSync(join(modules, 'order'), 'utf8').trim().split('\n')
