@@ -66,6 +66,7 @@ export class LocalBox implements Box {
     const child = spawn('bwrap', [...this.#args, '--', ...this.spec.argv], {
       env: this.spec.env,
       stdio: ['pipe', 'pipe', 'pipe', 'pipe'],
+      detached: true,
     })
     this.#pid = child.pid
     this.stdin.pipe(child.stdin!)
@@ -100,7 +101,8 @@ export class LocalBox implements Box {
   }
   async kill(): Promise<void> {
     if (this.#pid === undefined) return this.#exit({ code: 137, oom: false })
-    for (const pid of this.pids()) {
+    // The group too: a bwrap whose other half was killed before it knew of it waits for it for ever.
+    for (const pid of [-this.#pid, ...this.pids()]) {
       try {
         process.kill(pid, 'SIGKILL')
       } catch {
