@@ -9,10 +9,10 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { findRuntime } from '../runners/container/runtimes/index.ts'
 import { cacheDirectory } from '../scripts/cache-directory.ts'
-import type { Backend } from '../shared/backends.ts'
 import type { Workload } from '../shared/workload.ts'
 import { tarOf, tgzOf } from './gateway/archives.ts'
 import { skip } from './harness.ts'
+import { backendOf, offerOf } from './offers.ts'
 import { http, startTestPlatform } from './platform.ts'
 import { reader, startRegistry, writeLayout } from './registry.ts'
 import { until } from './shared/support.ts'
@@ -30,20 +30,9 @@ const platform = scope.use(
 )
 const { url } = platform
 
-const backend = async (isolation: string): Promise<Backend> => {
-  const { body } = await http<{ backends: Backend[] }>(`${url}/v1/backends`)
-  return body.backends.find((one) => one.isolation === isolation)!
-}
-
 /** Why nothing can be run under gvisor here; undefined where it can. */
 async function obstacle(): Promise<string | undefined> {
-  const unheard = 'no gvisor runner has been seen'
-  await until(
-    'the runner’s word',
-    async () => (await backend('gvisor')).reason !== unheard || undefined,
-    120_000,
-  )
-  const { available, reason } = await backend('gvisor')
+  const { available, reason } = await offerOf(url, 'gvisor')
   if (!available) return `gvisor is unavailable: ${reason}`
   for (const name of ['base', 'node', 'python'] as const)
     if ((await findRuntime(name, cacheDir)) === undefined)
@@ -276,13 +265,13 @@ under('what is no image, no archive or not there is said so', async () => {
 })
 
 test('what is offered, and what is not, says why', async () => {
-  const docker = await backend('docker')
+  const docker = await backendOf(url, 'docker')
   assert.equal([docker.available, docker.reason], [false, 'no docker runner has been seen'])
   assert.match(docker.fix!, 'npm run setup -- docker')
-  assert.is((await backend('isolate')).available, true)
+  assert.is((await backendOf(url, 'isolate')).available, true)
   const ready = await http<{ ready: boolean }>(`${url}/readyz`)
   assert.equal([ready.status, ready.body.ready], [200, true])
-  const { limits, version } = (await backend('gvisor')).capabilities ?? {}
+  const { limits, version } = (await backendOf(url, 'gvisor')).capabilities ?? {}
   if (unavailable === undefined) {
     assert.match(version!, 'runsc')
     for (const limit of ['memory', 'cpu', 'pids', 'file_size', 'disk'] as const)

@@ -4,10 +4,10 @@ import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { findRuntime } from '../runners/container/runtimes/index.ts'
 import { cacheDirectory } from '../scripts/cache-directory.ts'
-import type { Backend } from '../shared/backends.ts'
 import type { Workload } from '../shared/workload.ts'
 import { tgzOf } from './gateway/archives.ts'
 import { skip } from './harness.ts'
+import { backendOf, offerOf } from './offers.ts'
 import { http, startTestPlatform } from './platform.ts'
 import { until } from './shared/support.ts'
 
@@ -15,25 +15,9 @@ const scope = new AsyncDisposableStack()
 const platform = scope.use(await startTestPlatform({ VULCAN_ISOLATIONS: 'isolate,microvm' }))
 const { url } = platform
 
-const backend = async (isolation: string): Promise<Backend> => {
-  const { body } = await http<{ backends: Backend[] }>(`${url}/v1/backends`)
-  return body.backends.find((one) => one.isolation === isolation)!
-}
-
+const { available, reason } = await offerOf(url, 'microvm')
 /** Why nothing can be run in a microVM here; undefined where it can. */
-async function obstacle(): Promise<string | undefined> {
-  const unheard = 'no microvm runner has been seen'
-  const { available, reason } = await until(
-    'the runner’s word',
-    async () => {
-      const word = await backend('microvm')
-      return word.reason === unheard ? undefined : word
-    },
-    120_000,
-  )
-  return available ? undefined : `microvm is unavailable: ${reason}`
-}
-const unavailable = await obstacle()
+const unavailable = available ? undefined : `microvm is unavailable: ${reason}`
 const noGo = (await findRuntime('go', cacheDirectory(process.env))) === undefined
 const under = (name: string, run: () => Promise<void>, why = unavailable) =>
   why === undefined ? test(name, run) : skip(test, name, why)
@@ -173,7 +157,7 @@ under('an archive that is posted runs its command; lines come while it runs', as
 })
 
 under('the backend tells what it is, what guards it, and what its limits are', async () => {
-  const { available, capabilities, runners } = await backend('microvm')
+  const { available, capabilities, runners } = await backendOf(url, 'microvm')
   assert.equal([available, runners.length], [true, 1])
   const { version, limits, walls, missing, runtimes } = capabilities!
   assert.match(version, /QEMU|Firecracker/)
@@ -182,7 +166,7 @@ under('the backend tells what it is, what guards it, and what its limits are', a
   for (const limit of ['memory', 'cpu', 'pids', 'file_size', 'disk'] as const)
     assert.ok(['enforced', 'not enforced'].includes(limits![limit]!), limit)
   const metrics = await until('its measurements', async () => {
-    const [runner] = (await backend('microvm')).runners
+    const [runner] = (await backendOf(url, 'microvm')).runners
     return (runner?.metrics.machines_restored ?? 0) > 0 ? runner!.metrics : undefined
   })
   for (const name of [
