@@ -3,6 +3,7 @@
  * retries: it turns a `Job` into an `Outcome` inside a sandbox, and leaves nothing behind.
  */
 import type { Capabilities } from '../shared/backends.ts'
+import type { Attributes } from '../shared/tracing.ts'
 import type {
   Cause,
   Digest,
@@ -94,8 +95,10 @@ export interface Job extends Program {
   env: Record<string, string>
   /** Of a deployed function: what warm sandboxes are counted and prewarmed by. */
   function: FunctionRef | undefined
-  /** W3C traceparent of the attempt. */
+  /** W3C traceparent of the attempt’s run: what code sends on, and its own spans stand under. */
   traceparent: string | undefined
+  /** True where phases are wanted: measured from `prepare` on, told by `onPhase` once `run` was called. */
+  traced?: boolean
 }
 
 interface Ran {
@@ -126,8 +129,29 @@ export interface Stopped extends Ran {
 }
 export type Outcome = Completed | Failed | Stopped
 
+/** A part of what an attempt consists of, for its trace: what a cold start spent its time on, or a span of user code. */
+export interface Phase {
+  /**
+   * Of a cold start, in the field’s terms: `fetch bundle`, `create isolate`, `compile`, `pull image`, `unpack image`,
+   * `create container`, `boot machine`, `restore machine`, `mount files`, `start handler`; and `guest`, the time within
+   * the sandbox from the handler's call to its answer. Of user code: as it said.
+   */
+  name: string
+  /** Milliseconds since the epoch, with fractions. */
+  start: number
+  end: number
+  attributes?: Attributes
+  /** Set where it failed. */
+  error?: string
+  /** Of user code’s spans, 16 hex digits each: its own id, and that of the span it stands under where that is one of them. */
+  spanId?: string
+  parentSpanId?: string
+}
+
 /** What a run tells while it goes on. */
 export interface RunEvents {
+  /** Absent where nobody traces: measure nothing then. At most a few dozen of the platform’s own; user code’s are bounded. */
+  onPhase?: ((phase: Phase) => void) | undefined
   /** In the order the lines were written, before `run` settles. */
   onLog(line: LogLine): void
   /**
