@@ -1,19 +1,17 @@
 /** One sandbox: a process of runsc with all that hangs on it. */
-import type { ChildProcess } from 'node:child_process'
 import { readFileSync } from 'node:fs'
-import { rm } from 'node:fs/promises'
 import type { Socket } from 'node:net'
-import { basename, join } from 'node:path'
+import { basename } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { finished } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Box, BoxError, type BoxLimits, type BoxUsage, type Exit } from '../engine.ts'
 import { type GvisorSpec, type Host, writeBundle } from './bundle.ts'
-import type { Cgroup, CgroupLimits, CgroupUsage } from './cgroups.ts'
+import type { CgroupLimits, CgroupUsage } from './cgroups.ts'
 import { created, mebibyte, started } from './config.ts'
-import { launchArgs, logFile, panicFile } from './launch.ts'
+import { logFile, panicFile } from './launch.ts'
+import { clear, type Launcher, settled } from './launcher.ts'
 import { fatal, isLost, startError } from './report.ts'
-import { readers, spawnWithPipes } from './spawn.ts'
 
 /** A sandbox that is not complete, or has not started its process, after so many ms is given up. */
 const createMs = 30_000
@@ -49,9 +47,7 @@ export class GvisorBox implements Box {
   readonly stderr = new PassThrough()
   readonly exited: Promise<Exit>
   readonly #spec: GvisorSpec
-  readonly #dir: string
-  readonly #cgroup: Cgroup
-  readonly #child: ChildProcess
+  readonly #launcher: Launcher
   readonly #errors: Socket
   readonly #gate: Socket
   readonly #created = settling()
@@ -61,8 +57,6 @@ export class GvisorBox implements Box {
   /** Settles when runsc has ended and has told all it had to tell. */
   readonly #ended: Promise<void>
   #state: 'creating' | 'created' | 'starting' | 'running' | 'ended' = 'creating'
-  /** How the process that runs runsc ended. */
-  #end: { code: number | null; signal: NodeJS.Signals | null } | undefined
   /** The user’s process was there. */
   #ran = false
   #limits: BoxLimits
@@ -77,53 +71,34 @@ export class GvisorBox implements Box {
   /** Settles when the sandbox is complete. Throws `BoxError`; nothing is left then. */
   static async create(
     host: Host,
-    id: string,
+    launcher: Launcher,
     spec: GvisorSpec,
     root: string,
     onMade: (box: GvisorBox) => void,
   ): Promise<GvisorBox> {
-    const name = `${basename(host.dir)}-${id}`
-    const dir = join(host.dir, id)
-    const cgroup = host.cgroup.child(id)
-    let box: GvisorBox | undefined
+    const box = new GvisorBox(`${basename(host.dir)}-${launcher.id}`, launcher, spec)
+    onMade(box)
     try {
-      const [paths, lower] = await settled(
-        host.pipes.take(readers.length),
-        writeBundle(host, dir, spec, root),
+      const [lower] = await settled(
+        writeBundle(host, launcher.dir, spec, root),
         // Building the sandbox is our doing, and not held to the share that the user’s code has.
-        cgroup.make().then(() => cgroup.limit({ ...groupLimits(spec.limits), cpu: undefined })),
+        launcher.cgroup.limit({ ...groupLimits(spec.limits), cpu: undefined }),
       )
-      const { runsc, platform } = host
-      const sockets = spec.sockets !== undefined
-      const { network } = spec
-      const args = launchArgs({ runsc, platform, id, dir, network, lower, sockets })
-      box = new GvisorBox(name, dir, cgroup, spec, paths, args)
-      onMade(box)
-      await Promise.all([box.#admit(), inTime(box.#created.promise, createMs, 'the sandbox')])
+      await launcher.launch({ network: spec.network, lower, sockets: spec.sockets !== undefined })
+      await inTime(box.#created.promise, createMs, 'the sandbox')
       return box
     } catch (error) {
-      if (box !== undefined) await box.remove()
-      else await clear(cgroup, dir)
-      throw engineError(name, error)
+      await box.remove()
+      throw engineError(box.name, error)
     }
   }
 
-  private constructor(
-    name: string,
-    dir: string,
-    cgroup: Cgroup,
-    spec: GvisorSpec,
-    paths: string[],
-    args: string[],
-  ) {
+  private constructor(name: string, launcher: Launcher, spec: GvisorSpec) {
     this.name = name
-    this.#dir = dir
-    this.#cgroup = cgroup
+    this.#launcher = launcher
     this.#spec = spec
     this.#limits = spec.limits
-    const { child, ours } = spawnWithPipes(paths, args)
-    this.#child = child
-    const [stdin, stdout, stderr, status, gate] = ours
+    const [stdin, stdout, stderr, status, gate] = launcher.pipes
     this.stdin = stdin
     this.stdout = stdout
     // What comes here before the user’s process runs is runsc’s own complaint.
@@ -136,32 +111,8 @@ export class GvisorBox implements Box {
       if (told.includes(started)) this.#onStarted()
     })
     const closed = finished(status, { writable: false }).catch(() => {})
-    const left = new Promise<void>((resolve) => {
-      child.once('exit', (code, signal) => {
-        this.#end = { code, signal }
-        resolve()
-      })
-      child.once('error', (error) => {
-        this.#created.reject(error)
-        // What was never there has no end either.
-        if (child.pid === undefined) resolve()
-      })
-    })
-    this.#ended = Promise.all([closed, left]).then(() => this.#onEnded())
+    this.#ended = Promise.all([closed, launcher.left]).then(() => this.#onEnded())
     this.exited = this.#follow()
-  }
-
-  /** Puts it into its control groups, while what comes before runsc still runs. */
-  async #admit(): Promise<void> {
-    const { pid } = this.#child
-    if (pid === undefined) return
-    try {
-      await this.#cgroup.join(pid)
-      this.#gate.write('\n')
-    } catch (error) {
-      // One that has ended says why itself.
-      if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error
-    }
   }
 
   async start(): Promise<void> {
@@ -169,7 +120,7 @@ export class GvisorBox implements Box {
     try {
       if (this.#killing !== undefined) throw new Error('it was killed')
       this.#state = 'starting'
-      await this.#cgroup.limitCpu(this.#limits.cpu)
+      await this.#launcher.cgroup.limitCpu(this.#limits.cpu)
       this.#gate.write('\n')
       await inTime(this.#started.promise, startMs, 'its start')
     } catch (error) {
@@ -186,7 +137,7 @@ export class GvisorBox implements Box {
     this.#limits = { ...this.#limits, memoryMb, cpu }
     const limits = groupLimits(this.#limits)
     try {
-      await this.#cgroup.limit(this.#state === 'created' ? { ...limits, cpu: undefined } : limits)
+      await this.#launcher.cgroup.limit(this.#state === 'created' ? { ...limits, cpu: undefined } : limits)
     } catch (error) {
       throw engineError(this.name, error)
     }
@@ -195,7 +146,7 @@ export class GvisorBox implements Box {
   async freeze(): Promise<void> {
     if (this.#killing !== undefined) return
     try {
-      await this.#cgroup.freeze()
+      await this.#launcher.cgroup.freeze()
       this.#frozen = true
     } catch (error) {
       this.#giveUp(error)
@@ -204,17 +155,17 @@ export class GvisorBox implements Box {
 
   async thaw(): Promise<void> {
     this.#frozen = false
-    await this.#cgroup.thaw().catch((error) => this.#giveUp(error))
+    await this.#launcher.cgroup.thaw().catch((error) => this.#giveUp(error))
   }
 
   /** Throws, unless the box is going down anyway. */
   #giveUp(error: unknown): void {
-    if (this.#killing === undefined && this.#end === undefined) throw engineError(this.name, error)
+    if (this.#killing === undefined && this.#launcher.end === undefined) throw engineError(this.name, error)
   }
 
   /** How often its share of the cores has held it back. */
   throttled(): number {
-    return this.#cgroup.throttled()
+    return this.#launcher.cgroup.throttled()
   }
 
   /** Of the user’s code: what the sandbox took by the time it was complete is left out. */
@@ -234,7 +185,7 @@ export class GvisorBox implements Box {
   watchMemory(): void {
     if (this.#frozen || this.#oom || (this.#state !== 'starting' && this.#state !== 'running')) return
     try {
-      this.#oom = this.#cgroup.oomKills() > 0
+      this.#oom = this.#launcher.cgroup.oomKills() > 0
     } catch {
       // It was removed by somebody else.
     }
@@ -259,17 +210,17 @@ export class GvisorBox implements Box {
 
   async #sweepOnce(): Promise<void> {
     this.#readUsage()
-    const { pid } = this.#child
-    if (pid !== undefined && this.#end === undefined) {
+    const { pid } = this.#launcher.child
+    if (pid !== undefined && this.#launcher.end === undefined) {
       const late = new AbortController()
       // What runs below runsc first: then runsc has nothing to wait for, and clears up.
-      const cleared = this.#cgroup.kill(pid).then(() => this.#ended)
+      const cleared = this.#launcher.cgroup.kill(pid).then(() => this.#ended)
       await Promise.race([cleared, sleep(clearMs, undefined, late).catch(() => {})]).catch(() => {})
       late.abort()
       cleared.catch(() => {})
     }
-    if (this.#end === undefined) this.#child.kill('SIGKILL')
-    await this.#cgroup.kill()
+    if (this.#launcher.end === undefined) this.#launcher.child.kill('SIGKILL')
+    await this.#launcher.cgroup.kill()
     await this.#ended
   }
 
@@ -287,20 +238,20 @@ export class GvisorBox implements Box {
     for (const stream of [this.stdin, this.stdout, this.#errors, this.stderr]) stream.destroy()
     if (isDead) await this.exited
     this.#readUsage()
-    await clear(this.#cgroup, this.#dir)
+    await clear(this.#launcher.cgroup, this.#launcher.dir)
     this.#removed.resolve()
   }
 
   pids(): number[] {
-    const { pid } = this.#child
-    const pids = this.#cgroup.pids()
-    return pid === undefined || this.#end !== undefined || pids.includes(pid) ? pids : [pid, ...pids]
+    const { pid } = this.#launcher.child
+    const pids = this.#launcher.cgroup.pids()
+    return pid === undefined || this.#launcher.end !== undefined || pids.includes(pid) ? pids : [pid, ...pids]
   }
 
   #onCreated(): void {
     if (this.#state !== 'creating') return
     this.#state = 'created'
-    this.#idle = this.#cgroup.usage()
+    this.#idle = this.#launcher.cgroup.usage()
     this.#created.resolve()
   }
 
@@ -326,13 +277,15 @@ export class GvisorBox implements Box {
   /** What runsc, or what should have run it, said at its end. */
   #complaint(): string {
     if (this.#killing !== undefined) return 'it was killed'
-    const said = fatal(read(logFile(this.#dir))) ?? this.#errors.read()?.toString().trim().slice(-1_000)
-    return said || `runsc ended with ${this.#end?.signal ?? this.#end?.code}`
+    if (this.#launcher.error !== undefined) return this.#launcher.error.message
+    const said =
+      fatal(read(logFile(this.#launcher.dir))) ?? this.#errors.read()?.toString().trim().slice(-1_000)
+    return said || `runsc ended with ${this.#launcher.end?.signal ?? this.#launcher.end?.code}`
   }
 
   async #follow(): Promise<Exit> {
     await this.#ended
-    const { code = null } = this.#end ?? {}
+    const { code = null } = this.#launcher.end ?? {}
     const ownEnd = this.#killing === undefined
     const isOdd = this.#ran && code !== 0 && (code === null || this.#isLost())
     // Nothing of it runs any more, unless the one who killed runsc did no more than that.
@@ -346,27 +299,13 @@ export class GvisorBox implements Box {
   }
 
   #isLost(): boolean {
-    return isLost(read(logFile(this.#dir)), read(panicFile(this.#dir)))
+    return isLost(read(logFile(this.#launcher.dir)), read(panicFile(this.#launcher.dir)))
   }
 
   #readUsage(): CgroupUsage | undefined {
-    this.#usage = this.#cgroup.usage() ?? this.#usage
+    this.#usage = this.#launcher.cgroup.usage() ?? this.#usage
     return this.#usage
   }
-}
-
-async function clear(cgroup: Cgroup, dir: string): Promise<void> {
-  await Promise.all([
-    // What resists is found by the next start.
-    cgroup.removeTree().catch(() => {}),
-    rm(dir, { recursive: true, force: true }).catch(() => {}),
-  ])
-}
-
-/** Like `Promise.all`, but nothing goes on when it throws. */
-async function settled<T extends unknown[]>(...promises: { [K in keyof T]: Promise<T[K]> }): Promise<T> {
-  await Promise.allSettled(promises)
-  return (await Promise.all(promises)) as T
 }
 
 function settling(): PromiseWithResolvers<void> {

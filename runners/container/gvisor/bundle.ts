@@ -1,21 +1,14 @@
 /** What is asked of a box, and the files by which runsc is told of it. */
-import { mkdir, writeFile } from 'node:fs/promises'
+import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { BoxSpec } from '../engine.ts'
-import type { Cgroup } from './cgroups.ts'
 import { runtimeConfig } from './config.ts'
-import { overlaidRoot, type Platform } from './launch.ts'
-import type { PipeStock } from './pipes.ts'
+import { memoryFile, overlaidRoot } from './launch.ts'
+import type { LauncherHost } from './launcher.ts'
 import { hasAll, hostsFile, resolvFile } from './root.ts'
 
 /** What boxes of one engine share. */
-export interface Host {
-  runsc: string
-  platform: Platform
-  /** Boxes have their directories and groups below these. */
-  dir: string
-  cgroup: Cgroup
-  pipes: PipeStock
+export interface Host extends LauncherHost {
   /** /etc/hosts and /etc/resolv.conf of boxes without a network. */
   hosts: string
   resolvConf: string
@@ -41,7 +34,6 @@ export async function writeBundle(
   spec: GvisorSpec,
   root: string,
 ): Promise<string | undefined> {
-  await mkdir(dir)
   const { network, sockets, limits } = spec
   const mounts = sockets === undefined ? spec.mounts : [...spec.mounts, { ...sockets, readonly: false }]
   let { hosts, resolvConf } = host
@@ -52,7 +44,7 @@ export async function writeBundle(
     files.set(hosts, hostsFile(network.hosts)).set(resolvConf, resolvFile(network.nameservers))
   }
   const kib = limits.memoryMb * 1024
-  files.set(join(dir, 'meminfo'), `MemTotal: ${kib} kB\nMemFree: ${kib} kB\nMemAvailable: ${kib} kB\n`)
+  files.set(memoryFile(dir), `MemTotal: ${kib} kB\nMemFree: ${kib} kB\nMemAvailable: ${kib} kB\n`)
   const isWhole = await hasAll(root, spec.cwd, mounts)
   const config = runtimeConfig({
     spec: { ...spec, mounts },

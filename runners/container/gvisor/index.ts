@@ -10,6 +10,7 @@ import { GvisorBox } from './box.ts'
 import type { GvisorSpec, Host } from './bundle.ts'
 import { Cgroup, findHierarchy } from './cgroups.ts'
 import type { Platform } from './launch.ts'
+import { LauncherStock } from './launcher.ts'
 import { recordOwner, removeDeadOwners, removeOwner } from './owners.ts'
 import { PipeStock } from './pipes.ts'
 import { probeLimits, trialImage } from './probe.ts'
@@ -25,6 +26,8 @@ export interface GvisorOptions extends EngineOptions {
   platforms?: readonly Platform[]
   /** Path of the control group that those of all owners are in. */
   cgroupParent?: string
+  /** Launchers that stand ready for boxes to come. */
+  launchers?: number
 }
 
 /** An engine whose boxes can be told more than others’. */
@@ -44,7 +47,7 @@ const tools = ['setpriv', 'unshare', 'nsenter', 'mount', 'mkfifo', 'sh']
  * a second. Throws an Error that says what is missing.
  */
 export async function createGvisor(options: GvisorOptions): Promise<GvisorEngine> {
-  const { owner, stateDir, platforms = allPlatforms, cgroupParent = '/vulcan' } = options
+  const { owner, stateDir, platforms = allPlatforms, cgroupParent = '/vulcan', launchers = 2 } = options
   const { runsc, busybox } = findTools(options)
   const dir = join(stateDir, owner)
   const hierarchy = findHierarchy()
@@ -69,7 +72,7 @@ export async function createGvisor(options: GvisorOptions): Promise<GvisorEngine
   ])
   const errors: string[] = []
   for (const platform of platforms) {
-    const engine = new Runsc(version, { runsc, platform, dir, cgroup, pipes, ...files })
+    const engine = new Runsc(version, { runsc, platform, dir, cgroup, pipes, launchers, ...files })
     try {
       await engine.probe((create) => probeLimits(create, image))
       const resources = scope.move()
@@ -111,10 +114,10 @@ class Runsc implements GvisorEngine {
   readonly egress: Engine['egress'] = ['none', 'all', 'allowlist']
   limits: LimitReport = {}
   readonly #host: Host
+  readonly #launchers: LauncherStock
   readonly #boxes = new Set<GvisorBox>()
   readonly #making = new Set<Promise<GvisorBox>>()
   readonly #watch: NodeJS.Timeout
-  #made = 0
   #closed: Promise<void> | undefined
   #onClose: (() => Promise<void>) | undefined
 
@@ -132,6 +135,7 @@ class Runsc implements GvisorEngine {
       'read-only root',
     ]
     this.#host = host
+    this.#launchers = new LauncherStock(host)
     this.#watch = setInterval(() => {
       for (const box of this.#boxes) box.watchMemory()
     }, watchMs)
@@ -152,16 +156,24 @@ class Runsc implements GvisorEngine {
   async create(spec: GvisorSpec): Promise<GvisorBox> {
     const root = await spec.image.root()
     if (this.#closed !== undefined) throw new BoxError('engine', 'the engine is closed')
-    const making = GvisorBox.create(this.#host, `b${++this.#made}`, spec, root, (box) => {
-      this.#boxes.add(box)
-      box.removed.then(() => this.#boxes.delete(box))
-    })
+    const making = this.#make(spec, root)
     this.#making.add(making)
     try {
       return await making
     } finally {
       this.#making.delete(making)
     }
+  }
+
+  async #make(spec: GvisorSpec, root: string): Promise<GvisorBox> {
+    const launcher = await this.#launchers.take()
+    return await GvisorBox.create(this.#host, launcher, spec, root, (box) => {
+      this.#boxes.add(box)
+      box.removed.then(() => {
+        this.#boxes.delete(box)
+        this.#launchers.refill()
+      })
+    })
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -176,6 +188,7 @@ class Runsc implements GvisorEngine {
     // Those that were not there yet.
     await Promise.allSettled(this.#making)
     await removeAll()
+    await this.#launchers.close()
     await this.#onClose?.()
   }
 }

@@ -1,12 +1,12 @@
-/** The start of a box’s process with its pipes. */
+/** The start of a launcher with the pipes of its box. */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { closeSync, rmSync } from 'node:fs'
 import type { Socket } from 'node:net'
-import { launcher } from './launch.ts'
+import { program } from './launch.ts'
 import { openPipe, type Pipe } from './pipes.ts'
 import { programsEnv } from './programs.ts'
 
-type Ours = [stdin: Socket, stdout: Socket, stderr: Socket, status: Socket, gate: Socket]
+export type Ours = [stdin: Socket, stdout: Socket, stderr: Socket, status: Socket, gate: Socket]
 /** Who reads from each. */
 export const readers = ['them', 'us', 'us', 'us', 'them'] as const
 
@@ -15,7 +15,7 @@ export function spawnWithPipes(paths: string[], args: string[]): { child: ChildP
   const pipes: Pipe[] = []
   try {
     for (const [index, reader] of readers.entries()) pipes.push(openPipe(paths[index]!, reader))
-    const child = spawn(launcher, args, {
+    const child = spawn(program, args, {
       // Its own session: a terminal’s Ctrl-C is for the runner.
       detached: true,
       cwd: '/',

@@ -191,7 +191,7 @@ boxTest('an engine that is closed takes its boxes with it, and leaves nothing', 
 boxTest('what a killed owner left is removed by the next, and what lives is left alone', async (it) => {
   const other = await running(it, 'echo up; cat')
   try {
-    const options = { ...it.options, owner: newOwner() }
+    const options = { ...it.options, owner: newOwner(), launchers: 2 }
     const root = await it.image.root()
     const child = spawn(
       process.execPath,

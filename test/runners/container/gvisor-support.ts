@@ -36,12 +36,13 @@ export const noGvisor = (): string | undefined => {
   return missing.length === 0 ? undefined : `${missing.join(' and ')} not installed`
 }
 
-export async function startGvisor(): Promise<GvisorHost> {
+/** Without launchers that stand ready: what boxes leave behind is counted. */
+export async function startGvisor(launchers = 0): Promise<GvisorHost> {
   await using scope = new AsyncDisposableStack()
   const dir = await mkdtemp(join(tmpdir(), 'vulcan-test-gvisor-'))
   scope.defer(() => rm(dir, { recursive: true, force: true }))
   const image = await busyboxRoot(join(dir, 'root'))
-  const options = { owner: newOwner(), stateDir: join(dir, 'state'), cgroupParent }
+  const options = { owner: newOwner(), stateDir: join(dir, 'state'), cgroupParent, launchers }
   const engine = scope.use(await createGvisor(options))
   const resources = scope.move()
   return { engine, image, dir, options, [Symbol.asyncDispose]: () => resources.disposeAsync() }
