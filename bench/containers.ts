@@ -20,6 +20,8 @@ const [runs = 15, rounds = 3] = process.argv.slice(2).map(Number)
 const slices = 4
 const seconds = 1
 const settleMs = 3_000
+/** What a run leaves is cleared away behind its answer: the next of either kind does not pay for it. */
+const clearMs = 150
 /** A box that was taken is replaced within so many ms. */
 const restockMs = 1_500
 
@@ -79,7 +81,9 @@ for (let round = 0; round < rounds; round++) {
     const cold: number[] = []
     // In turns: a noisy moment touches both.
     for (let n = 0; n < runs; n++) {
+      await delay(clearMs)
       bare.push(await timed(() => floors[isolation]!.run()))
+      await delay(clearMs)
       cold.push(await timed(() => run(command(isolation))))
     }
     keep(`bare ${isolation}`, bare)
