@@ -24,11 +24,20 @@ export type TestNats = AsyncDisposable & {
   restart(): Promise<void>
 }
 
+export type TestNatsOptions = {
+  port?: number
+  dir?: string
+  /** Another configuration file. */
+  config?: string
+  /** Variables that it reads. */
+  env?: Record<string, string>
+}
+
 /**
  * A real nats-server with the project's nats.conf, on a free loopback port. Disposing ends it and removes its store,
  * except one that was passed in.
  */
-export async function startNats(options: { port?: number; dir?: string } = {}): Promise<TestNats> {
+export async function startNats(options: TestNatsOptions = {}): Promise<TestNats> {
   await using scope = new AsyncDisposableStack()
   const port = options.port ?? (await tryPort(host, 0))
   const dir = options.dir ?? (await mkdtemp(join(tmpdir(), 'vulcan-test-nats-')))
@@ -39,7 +48,11 @@ export async function startNats(options: { port?: number; dir?: string } = {}): 
     const name = `test-${process.pid}-${port}`
     const { command, args, env } = natsCommand(await binary(), { host, port, storeDir: dir, name })
     let output = ''
-    server = spawn(command, args, { env: { ...process.env, ...env }, stdio: ['ignore', 'ignore', 'pipe'] })
+    if (options.config !== undefined) args[args.indexOf('--config') + 1] = options.config
+    server = spawn(command, args, {
+      env: { ...process.env, ...options.env, ...env },
+      stdio: ['ignore', 'ignore', 'pipe'],
+    })
     server.stderr!.setEncoding('utf8').on('data', (text) => {
       output = (output + text).slice(-4_000)
     })
