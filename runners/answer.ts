@@ -64,6 +64,13 @@ export class Answer {
     if (outcome.status === 'completed' && outcome.response !== undefined) this.#checkHead(outcome.response)
   }
 
+  /** The status of the response, as far as there is one. */
+  statusOf(outcome: Outcome): number | undefined {
+    return outcome.status === 'completed' && outcome.response !== undefined
+      ? outcome.response.status
+      : this.#head?.status
+  }
+
   /** Bytes of the response that the end has to carry or refer to. */
   kept(outcome: Outcome): number {
     return outcome.status === 'completed' && outcome.response !== undefined

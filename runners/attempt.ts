@@ -22,12 +22,16 @@ import { mayRetry, retryDelay, standing } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import type { WorkMessage } from '../shared/queue.ts'
 import { controlSubject, eventSubject, lateSubject, logSubject } from '../shared/subjects.ts'
+import { traceFields } from '../shared/trace.ts'
+import { preciseNow, type Tracing } from '../shared/tracing.ts'
 import type { BlobRef, Cause, LogLine, Receipt, WorkloadError, WorkloadSpec } from '../shared/workload.ts'
 import { Answer } from './answer.ts'
 import { type Assignment, type JobContext, toJob } from './job.ts'
 import { type LogLimits, openLogbook } from './logbook.ts'
+import type { RunnerMetrics } from './metrics.ts'
 import type { Outcome, Source } from './runner.ts'
 import { Refusal } from './source.ts'
+import { AttemptSpans, beginPublish } from './spans.ts'
 import type { Stacks } from './stacks.ts'
 import type { Vigil } from './vigil.ts'
 
@@ -49,17 +53,25 @@ export interface Held {
   attempt: number | undefined
   /** Tells it that whoever called is gone; set while it runs by HTTP. */
   leave: (() => void) | undefined
+  /** When this process received it and took it up, ms since the epoch; after an attempt here, when that ended. */
+  receivedAt: number
+  takenAt: number
+  /** Of the attempt at hand, where it is traced. */
+  spans: AttemptSpans | undefined
+  /** Traceparent of who asked for the kill, where that was told. */
+  killer: string | undefined
 }
 
 /** Stops a workload for good: also where its attempt is being stopped already and another would follow. */
 export function halt(held: Held, reason: Exclude<StopReason, 'timeout'>): void {
+  if (held.halted === undefined) held.spans?.stopping(reason === 'killed' ? 'kill' : reason)
   held.halted ??= reason
   held.stop.abort(reason satisfies StopReason)
 }
 
 /** What is asked on a workload’s control subject: to end it, whether its attempt runs there, or that its caller is gone. */
 export const ControlRequest = z.discriminatedUnion('action', [
-  z.object({ action: z.literal('kill') }),
+  z.object({ action: z.literal('kill'), traceparent: z.string().max(100).optional() }),
   z.object({ action: z.literal('gone') }),
   z.object({ action: z.literal('have'), attempt: z.int() }),
 ])
@@ -77,6 +89,8 @@ export interface AttemptContext extends JobContext {
   /** A completion for which there is no room for this long (ms) ends as `disk_full`. */
   fullMs: number
   logLimits: LogLimits
+  tracing: Tracing
+  metrics: RunnerMetrics | undefined
   log: Logger
   /** What this process holds, by workload. */
   held: Map<string, Held>
@@ -89,9 +103,18 @@ const stopMessages: Record<Exclude<StopReason, 'timeout'>, string> = {
   lease_lost: 'the runner lost the message bus while it ran',
 }
 
-/** Takes a delivered message to its next resting place: an end, a recorded retry, or somebody else’s hands. */
-export async function takeWork(context: AttemptContext, message: WorkMessage): Promise<void> {
+/**
+ * Takes a delivered message to its next resting place: an end, a recorded retry, or somebody else’s hands.
+ * `receivedAt` (ms since the epoch) is when it came, where it had to wait before.
+ */
+export async function takeWork(
+  context: AttemptContext,
+  message: WorkMessage,
+  receivedAt?: number,
+): Promise<void> {
   const { bus, held, log } = context
+  const takenAt = preciseNow()
+  context.metrics?.received(message.deliveries)
   const already = held.get(message.workload)
   if (already !== undefined) {
     // Redelivered while it runs here: this process was too busy to say so. The new handle keeps it.
@@ -105,6 +128,10 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
     halted: undefined,
     attempt: undefined,
     leave: undefined,
+    receivedAt: receivedAt ?? takenAt,
+    takenAt,
+    spans: undefined,
+    killer: undefined,
   }
   held.set(message.workload, mine)
   context.vigil.keep()
@@ -125,7 +152,10 @@ export async function takeWork(context: AttemptContext, message: WorkMessage): P
       return
     }
     if (!(error instanceof BusUnavailable))
-      log.error({ workload: message.workload, err: error }, 'attempt failed')
+      log.error(
+        { workload: message.workload, ...traceFields(traceparentOf(message)), err: error },
+        'attempt failed',
+      )
     // Whatever went wrong here was ours: the message comes back, here or elsewhere.
     mine.message.later(1_000)
   } finally {
@@ -142,6 +172,9 @@ const looksAccepted = (event: AcceptedEvent | null, { workload, acceptedSeq }: W
   acceptedSeq > 0 &&
   Number.isFinite(event.data?.spec?.limits?.timeout_s) &&
   Number.isInteger(event.data.spec.retry?.max_attempts)
+
+/** Of a message that is an accepted event. */
+const traceparentOf = (message: WorkMessage) => (JSON.parse(message.body) as AcceptedEvent).traceparent
 
 const isAccepted = (message: WorkMessage): boolean =>
   !Number.isNaN(message.acceptedSeq) &&
@@ -189,7 +222,7 @@ async function step(
         held.stop = new AbortController()
         if (held.halted !== undefined) halt(held, held.halted)
       }
-      return await attempt(context, held, accepted, now.attempts + 1, last.seq)
+      return await tracedAttempt(context, held, accepted, now.attempts + 1, last)
     }
     case 'running': {
       // A message can come back while its first holder is alive, as when its consumer had to be made anew.
@@ -201,15 +234,48 @@ async function step(
       const error = { message: `runner ${now.runner} was lost while it ran`, stack: null }
       const retry = accepted.data.spec.retry
       const data = { attempt: now.attempts, runner: now.runner, cause: 'runner_lost' as const, error }
-      return mayRetry(retry, 'runner_lost', now.attempts)
-        ? await move(context, accepted, last.seq, 'retrying', {
-            ...data,
-            not_before: new Date(Date.now() + retryDelay(retry, now.attempts)).toISOString(),
-          })
-        : await move(context, accepted, last.seq, 'failed', endOf({ ...data, started_at: now.startedAt }))
+      const lost = { links: [last.event.traceparent] }
+      if (!mayRetry(retry, 'runner_lost', now.attempts)) {
+        const end = endOf({ ...data, started_at: now.startedAt })
+        return await move(context, accepted, last.seq, 'failed', end, lost)
+      }
+      const not_before = new Date(Date.now() + retryDelay(retry, now.attempts)).toISOString()
+      return await move(context, accepted, last.seq, 'retrying', { ...data, not_before }, lost)
     }
     default:
       throw new Error(`unhandled ${now satisfies never}`)
+  }
+}
+
+/** One attempt with its spans around it. */
+async function tracedAttempt(
+  context: AttemptContext,
+  held: Held,
+  accepted: AcceptedEvent,
+  n: number,
+  last: StoredEvent,
+): Promise<Next> {
+  const { tracing, runnerId, runner } = context
+  const spans = AttemptSpans.begin(tracing, {
+    accepted,
+    attempt: n,
+    after: last.event,
+    runnerId,
+    isolation: runner.isolation,
+    deliveries: held.message.deliveries,
+    receivedAt: held.receivedAt,
+    takenAt: held.takenAt,
+  })
+  held.spans = spans
+  try {
+    return await attempt(context, held, accepted, n, last.seq)
+  } catch (error) {
+    spans?.fail((error as Error).name, (error as Error).message)
+    throw error
+  } finally {
+    spans?.end()
+    held.spans = undefined
+    held.receivedAt = held.takenAt = preciseNow()
   }
 }
 
@@ -221,10 +287,11 @@ async function attempt(
   n: number,
   expected: number,
 ): Promise<Next> {
-  const { bus, runner, runnerId } = context
+  const { bus, runner, runnerId, metrics } = context
+  const { spans } = held
   const id = accepted.subject
   const { spec } = accepted.data
-  const assigned = await toJob(context, accepted, n).catch((error: Error) => {
+  const assigned = await toJob(context, accepted, n, spans).catch((error: Error) => {
     if (error instanceof Refusal) return error
     throw error
   })
@@ -232,25 +299,30 @@ async function attempt(
   held.attempt = n
   if (!(assigned instanceof Refusal) && assigned.job.http !== undefined) held.leave = assigned.leave
   try {
-    const started = makeEvent('started', id, n, { attempt: n, runner: runnerId }, originOf(context, accepted))
-    const stored = await bus.settleEvent(eventSubject(id, 'started'), started, expected)
-    if (!stored.stored) return stored.last ?? 'gone'
+    const publish = spans?.publish('started')
+    const origin = originOf(context, accepted, publish?.traceparent)
+    const started = makeEvent('started', id, n, { attempt: n, runner: runnerId }, origin)
+    let stored: Awaited<ReturnType<typeof bus.settleEvent>>
+    try {
+      stored = await bus.settleEvent(eventSubject(id, 'started'), started, expected)
+    } finally {
+      publish?.end()
+    }
+    if (!stored.stored) {
+      spans?.refused()
+      return stored.last ?? 'gone'
+    }
     if (prepared === undefined || assigned instanceof Refusal) {
       const { reason, message } = assigned as Refusal
       const error = { message, stack: null }
       const end = endOf({ attempt: n, runner: runnerId, started_at: started.time, cause: reason, error })
-      return await move(context, accepted, stored.seq, 'failed', end)
+      return await move(context, accepted, stored.seq, 'failed', end, { spans })
     }
 
     const { job, redact, exchange } = assigned
+    const runOrigin = originOf(context, accepted, spans?.runTraceparent)
     const book = openLogbook(context.logLimits, async (batch, lines, dropped) => {
-      const event = makeEvent(
-        'log',
-        id,
-        `${n}.${batch}`,
-        { attempt: n, n: batch, lines, dropped },
-        originOf(context, accepted),
-      )
+      const event = makeEvent('log', id, `${n}.${batch}`, { attempt: n, n: batch, lines, dropped }, runOrigin)
       await bus.publishRecord(logSubject(id), event, `${id}.${n}.log.${batch}`)
     })
     const write =
@@ -258,19 +330,27 @@ async function attempt(
     const map = accepted.data.bundle?.map
     const lines = map == null ? undefined : context.stacks.lines(map, write)
     const answer = new Answer({ id, box: context.box, exchange, outputMb: spec.limits.output_mb })
-    const clock = setTimeout(
-      () => held.stop.abort('timeout' satisfies StopReason),
-      spec.limits.timeout_s * 1_000,
-    )
+    const clock = setTimeout(() => {
+      if (!held.stop.signal.aborted) spans?.stopping('timeout', { 'vulcan.timeout_s': spec.limits.timeout_s })
+      held.stop.abort('timeout' satisfies StopReason)
+    }, spec.limits.timeout_s * 1_000)
     context.vigil.keep()
+    spans?.run(redact)
     const before = performance.now()
     const outcome = await prepared
-      .run(held.stop.signal, { onLog: lines?.write ?? write, respond: answer.respond })
+      .run(held.stop.signal, {
+        onLog: lines?.write ?? write,
+        respond: spans === undefined ? answer.respond : (head) => spans.responding(head, answer.respond),
+        onPhase: spans?.phase,
+      })
       .finally(() => clearTimeout(clock))
     const duration = Math.round((performance.now() - before) * 1_000) / 1_000
     await lines?.settled()
     const logs = book.close()
     if (!book.settled) await book.flushed()
+    spans?.ran(outcome, answer.statusOf(outcome))
+    metrics?.logged(logs.lines, logs.dropped)
+    metrics?.used(job.function?.name, outcome.usage, job.traceparent)
 
     const receipt: Receipt = {
       code_sha256: codeDigest(job.source),
@@ -299,19 +379,14 @@ async function attempt(
       })
       const size = () => Buffer.byteLength(verdict.output) + answer.kept(outcome)
       const end = { ...base, exit_code: verdict.exitCode }
-      return await complete(context, accepted, stored.seq, end, { parts, size })
+      return await complete(context, accepted, stored.seq, end, { parts, size, spans })
     }
     const { cause, exitCode } = verdict
     const error = await readable(context, accepted, assigned, verdict.error)
     if (verdict.kind === 'failed' && mayRetry(spec.retry, cause, n)) {
       const not_before = new Date(Date.now() + retryDelay(spec.retry, n)).toISOString()
-      return await move(context, accepted, stored.seq, 'retrying', {
-        attempt: n,
-        runner: runnerId,
-        cause,
-        error,
-        not_before,
-      })
+      const again = { attempt: n, runner: runnerId, cause, error, not_before }
+      return await move(context, accepted, stored.seq, 'retrying', again, { spans })
     }
     // Of a response that did not come to its end the caller has the beginning all the same.
     const response = exchange === undefined ? {} : await responseOf(context, job, answer, outcome, 0)
@@ -321,6 +396,7 @@ async function attempt(
       stored.seq,
       verdict.kind,
       endOf({ ...base, ...response, cause, error, exit_code: exitCode }),
+      { spans, links: [held.killer] },
     )
   } finally {
     held.attempt = undefined
@@ -412,6 +488,14 @@ function judge(
   }
 }
 
+interface Completion {
+  /** Output and response, as far as there are, stored within so many ms. */
+  parts: (patienceMs: number) => Promise<Partial<End>>
+  /** How large they are, bytes. */
+  size: () => number
+  spans: AttemptSpans | undefined
+}
+
 /**
  * Stores a completion, trying as long as it takes. Where there has been no room for it for `fullMs` and there is
  * room for the small event that says so, the workload has failed instead: to run it again would bring the same
@@ -422,24 +506,32 @@ async function complete(
   accepted: AcceptedEvent,
   expected: number,
   base: Partial<End> & Pick<End, 'attempt' | 'runner'>,
-  /** Output and response, as far as there are, stored within so many ms, and how large they are (bytes). */
-  { parts, size }: { parts: (patienceMs: number) => Promise<Partial<End>>; size: () => number },
+  { parts, size, spans }: Completion,
 ): Promise<Next> {
   for (let patience = context.fullMs; ; patience = fullRetryMs) {
     try {
       const end = endOf({ ...base, ...(await parts(patience)) })
-      return await move(context, accepted, expected, 'completed', end, patience)
+      return await move(context, accepted, expected, 'completed', end, { spans, fullMs: patience })
     } catch (error) {
       if (!(error instanceof StreamFull)) throw error
       const message = `its output of ${size()} bytes could not be stored: ${error.message}`
       const end = endOf({ ...base, cause: 'disk_full', error: { message, stack: null } })
       try {
-        return await move(context, accepted, expected, 'failed', end, 0)
+        return await move(context, accepted, expected, 'failed', end, { spans, fullMs: 0 })
       } catch (again) {
         if (!(again instanceof StreamFull)) throw again
       }
     }
   }
+}
+
+interface Moving {
+  /** Of the attempt that ends by it, where it is traced. */
+  spans?: AttemptSpans | undefined
+  /** Traceparents of what has to do with it. */
+  links?: (string | undefined)[]
+  /** Milliseconds without room after which it is given up; for ever unless given. */
+  fullMs?: number
 }
 
 /**
@@ -452,26 +544,42 @@ async function move<K extends 'retrying' | EndKind>(
   expected: number,
   kind: K,
   data: K extends 'retrying' ? Parameters<typeof makeEvent<'retrying'>>[3] : End,
-  fullMs = Number.POSITIVE_INFINITY,
+  { spans, links, fullMs = Number.POSITIVE_INFINITY }: Moving = {},
 ): Promise<Next> {
-  const { bus, runnerId } = context
+  const { bus, runnerId, tracing, metrics } = context
   const id = accepted.subject
-  const made = makeEvent(
-    kind as EndKind,
-    id,
-    data.attempt as number,
-    data as End,
-    originOf(context, accepted),
-  )
+  const { cause } = data
+  spans?.judged(kind, cause, data.error?.message, (data as { not_before?: string }).not_before)
+  const parent = spans?.traceparent ?? accepted.traceparent
+  const span = tracing.on ? beginPublish(tracing, kind, parent, links) : undefined
+  // Of an attempt that somebody else lost this span is all that is left to tell it by.
+  if (spans === undefined && cause !== null) span?.fail(cause, data.error?.message)
+  const origin = originOf(context, accepted, span?.traceparent)
+  const made = makeEvent(kind as EndKind, id, data.attempt as number, data as End, origin)
   const event = made as LifecycleEvent
-  const stored = await bus.settleEvent(eventSubject(id, kind), event, expected, undefined, fullMs)
-  if (stored.stored) return { event, seq: stored.seq }
-  if (data.runner === runnerId) {
-    const late: Late = { attempt: data.attempt as number, runner: runnerId, status: kind, cause: data.cause }
-    const record = makeEvent('late', id, late.attempt, late, originOf(context, accepted))
-    await bus.publishRecord(lateSubject(id), record, `${id}.late.${late.attempt}.${runnerId}`).catch(() => {})
+  const fn = accepted.data.function?.name
+  try {
+    const stored = await bus.settleEvent(eventSubject(id, kind), event, expected, undefined, fullMs)
+    if (stored.stored) {
+      metrics?.attempted(fn, kind, cause)
+      return { event, seq: stored.seq }
+    }
+    span?.set({ 'vulcan.late': true })
+    if (data.runner === runnerId) {
+      metrics?.attempted(fn, 'late', cause)
+      const late: Late = { attempt: data.attempt as number, runner: runnerId, status: kind, cause }
+      const record = makeEvent('late', id, late.attempt, late, origin)
+      await bus
+        .publishRecord(lateSubject(id), record, `${id}.late.${late.attempt}.${runnerId}`)
+        .catch(() => {})
+    }
+    return stored.last ?? 'gone'
+  } catch (error) {
+    span?.fail((error as Error).name, (error as Error).message)
+    throw error
+  } finally {
+    span?.end()
   }
-  return stored.last ?? 'gone'
 }
 
 /** Throws `StreamFull` where there has been no room for `fullMs`. */
@@ -517,9 +625,9 @@ const endOf = (data: Partial<End> & Pick<End, 'attempt' | 'runner'>): End => ({
   ...data,
 })
 
-const originOf = (context: AttemptContext, accepted: AcceptedEvent): Origin => ({
+const originOf = (context: AttemptContext, accepted: AcceptedEvent, traceparent?: string): Origin => ({
   source: `/vulcan/runners/${context.runnerId}`,
-  traceparent: accepted.traceparent,
+  traceparent: traceparent ?? accepted.traceparent,
 })
 
 /** The value, or undefined where the text is not JSON. */

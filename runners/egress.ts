@@ -7,7 +7,11 @@ import { lookup } from 'node:dns/promises'
 import { BlockList, isIP } from 'node:net'
 import { networkInterfaces } from 'node:os'
 import { Agent, buildConnector, fetch, Headers } from 'undici'
+import { isSpanId, newSpanId, spanIdOf, traceIdOf, withSpanId } from '../shared/trace.ts'
+import { type Attributes, preciseNow } from '../shared/tracing.ts'
 import type { HeaderList, Egress as Policy } from '../shared/workload.ts'
+import type { RunnerMetrics } from './metrics.ts'
+import type { Phase } from './runner.ts'
 
 export interface EgressOptions {
   /** `host:port`s that may have addresses which are not public; a function’s own policy must still name them. */
@@ -16,6 +20,7 @@ export interface EgressOptions {
   platform?: readonly string[]
   /** All addresses of a host name; default: the system’s resolver. Rejects where there are none. */
   resolve?: (host: string) => Promise<string[]>
+  metrics?: Pick<RunnerMetrics, 'egress'> | undefined
 }
 
 export interface OutgoingRequest {
@@ -28,6 +33,11 @@ export interface OutgoingRequest {
   signal: AbortSignal
   /** Set as a header where the request has none. */
   traceparent: string | undefined
+  /**
+   * Told of every hop, a client span each, whose own traceparent goes out then. It stands under `traceparent`, or
+   * under the span of the same trace that the request’s header names; a header of another trace stays what it is.
+   */
+  onPhase?: ((phase: Phase) => void) | undefined
 }
 
 export interface OutgoingResponse {
@@ -150,6 +160,22 @@ export function permits(policy: Policy, host: string, port: number): boolean {
   })
 }
 
+/** Names of spans: a method that is none of these is the code’s own invention. */
+const methods = new Set([
+  'GET',
+  'HEAD',
+  'POST',
+  'PUT',
+  'DELETE',
+  'CONNECT',
+  'OPTIONS',
+  'TRACE',
+  'PATCH',
+  'QUERY',
+])
+/** Of longer URLs (characters) a span has the origin only. */
+const maxSpanUrl = 2_048
+
 const portOf = (url: URL) => (url.port === '' ? (url.protocol === 'https:' ? 443 : 80) : Number(url.port))
 const nameOf = (policy: Policy) => (typeof policy === 'string' ? policy : JSON.stringify(policy))
 
@@ -161,12 +187,14 @@ export class EgressGate implements AsyncDisposable {
   readonly #allowPrivate: ReadonlySet<string>
   readonly #platform: readonly string[]
   readonly #resolve: (host: string) => Promise<string[]>
+  readonly #metrics: Pick<RunnerMetrics, 'egress'> | undefined
   /** By function, the longest unused first: connections are kept, but never shared between functions. */
   readonly #agents = new Map<string, Agent>()
   #platformAt = Number.NEGATIVE_INFINITY
   #platformAddresses: Promise<ReadonlySet<string>> | undefined
 
-  constructor({ allowPrivate = [], platform = [], resolve = systemResolve }: EgressOptions = {}) {
+  constructor({ allowPrivate = [], platform = [], resolve = systemResolve, metrics }: EgressOptions = {}) {
+    this.#metrics = metrics
     this.#allowPrivate = new Set(allowPrivate.map(plainEntry))
     this.#platform = platform.map(plainEntry)
     this.#resolve = resolve
@@ -177,13 +205,31 @@ export class EgressGate implements AsyncDisposable {
    * connections may be used again. Throws `EgressDenied`, or `TypeError` where there is no answer.
    */
   async fetch(owner: string, policy: Policy, request: OutgoingRequest): Promise<OutgoingResponse> {
+    try {
+      const response = await this.#fetch(owner, policy, request)
+      this.#metrics?.egress('sent')
+      return response
+    } catch (error) {
+      this.#metrics?.egress(error instanceof EgressDenied ? 'denied' : 'failed')
+      throw error
+    }
+  }
+
+  async #fetch(owner: string, policy: Policy, request: OutgoingRequest): Promise<OutgoingResponse> {
     const { redirect, signal } = request
     let { method, body } = request
     const headers = headersOf(request)
+    const place = placeOf(request, headers)
     let url = parseUrl(request.url)
     for (let hops = 0; ; hops++) {
-      this.#check(policy, url)
-      const response = await this.#hop(owner, url, { method, headers, body, signal })
+      using span = place === undefined ? undefined : new HopSpan(place, method, url, hops, headers)
+      const response = await this.#hop(owner, policy, url, { method, headers, body, signal }).catch(
+        (error) => {
+          span?.failed(error as Error)
+          throw error
+        },
+      )
+      span?.answered(response.status)
       const location = response.headers.get('location')
       const redirects = [301, 302, 303, 307, 308].includes(response.status) && location !== null
       if (!redirects || redirect === 'manual') return answer(response, url, hops > 0)
@@ -220,9 +266,11 @@ export class EgressGate implements AsyncDisposable {
 
   async #hop(
     owner: string,
+    policy: Policy,
     url: URL,
     init: { method: string; headers: Headers; body: OutgoingRequest['body']; signal: AbortSignal },
   ) {
+    this.#check(policy, url)
     try {
       return await fetch(url, {
         ...init,
@@ -307,6 +355,78 @@ export class EgressGate implements AsyncDisposable {
       for (const address of addresses) own.add(`${address}${entry.slice(at)}`)
     }
     return own
+  }
+}
+
+/** Where the spans of a fetch stand: below the run, or a span of the code that its own header names. */
+interface Place {
+  onPhase: (phase: Phase) => void
+  parentSpanId: string | undefined
+  /** What the header is made of; undefined where the code has set one of another trace. */
+  traceparent: string | undefined
+}
+
+function placeOf({ traceparent, onPhase }: OutgoingRequest, headers: Headers): Place | undefined {
+  if (onPhase === undefined || traceparent === undefined) return undefined
+  const given = headers.get('traceparent')!
+  const isOurs = given.length === traceparent.length && traceIdOf(given) === traceIdOf(traceparent)
+  const parent = isOurs ? spanIdOf(given) : undefined
+  return {
+    onPhase,
+    parentSpanId: isSpanId(parent) && parent !== spanIdOf(traceparent) ? parent : undefined,
+    traceparent: isOurs ? traceparent : undefined,
+  }
+}
+
+/** One request to one place, from when it is made to the head of its answer. Sets its traceparent. */
+class HopSpan implements Disposable {
+  readonly #place: Place
+  readonly #name: string
+  readonly #start = preciseNow()
+  readonly #spanId = newSpanId()
+  readonly #attributes: Attributes
+  #error: string | undefined
+
+  constructor(place: Place, method: string, url: URL, hops: number, headers: Headers) {
+    const isKnown = methods.has(method)
+    const plain = `${url.origin}${url.pathname}`
+    this.#place = place
+    this.#name = isKnown ? method : 'HTTP'
+    this.#attributes = {
+      'http.request.method': isKnown ? method : '_OTHER',
+      'server.address': plainHost(url.hostname),
+      'server.port': portOf(url),
+      'url.full': plain.length > maxSpanUrl ? url.origin : plain,
+      'http.request.resend_count': hops > 0 ? hops : undefined,
+    }
+    if (place.traceparent !== undefined)
+      headers.set('traceparent', withSpanId(place.traceparent, this.#spanId))
+  }
+
+  answered(status: number): void {
+    this.#attributes['http.response.status_code'] = status
+    if (status < 400) return
+    this.#attributes['error.type'] = String(status)
+    this.#error = `answered ${status}`
+  }
+
+  failed(error: Error): void {
+    this.#attributes['error.type'] = error instanceof EgressDenied ? 'egress_denied' : error.name
+    this.#error = error.message
+  }
+
+  [Symbol.dispose](): void {
+    const { onPhase, parentSpanId } = this.#place
+    onPhase({
+      name: this.#name,
+      kind: 'client',
+      start: this.#start,
+      end: preciseNow(),
+      attributes: this.#attributes,
+      spanId: this.#spanId,
+      ...(parentSpanId === undefined ? {} : { parentSpanId }),
+      ...(this.#error === undefined ? {} : { error: this.#error }),
+    })
   }
 }
 

@@ -8,9 +8,11 @@ import { bodyBytes, unsealHeaders } from '../shared/http.ts'
 import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import type { Digest } from '../shared/workload.ts'
 import type { Bundles } from './bundles.ts'
+import type { RunnerMetrics } from './metrics.ts'
 import { type Redact, redactor } from './redact.ts'
 import type { HttpRequest, Job, Runner } from './runner.ts'
-import { type ProgramSpec, programOf, Refusal, unlessGone } from './source.ts'
+import { type ProgramSpec, programOf, Refusal, timed, unlessGone } from './source.ts'
+import type { AttemptSpans } from './spans.ts'
 
 /** Milliseconds that a secret put a moment ago is given to get here. */
 const secretDelayMs = 300
@@ -22,6 +24,7 @@ export interface JobContext {
   secrets: Pick<Secrets, 'values'>
   box: SecretBox
   runner: Runner
+  metrics: RunnerMetrics | undefined
 }
 
 /** A job with what is needed around it. */
@@ -35,16 +38,21 @@ export interface Assignment {
   leave(): void
 }
 
-/** Throws `Refusal` for what cannot run, `BusUnavailable` where trying again can help. */
+/**
+ * Throws `Refusal` for what cannot run, `BusUnavailable` where trying again can help. `spans`, where the attempt is
+ * traced, are told of what had to be fetched.
+ */
 export async function toJob(
   context: JobContext,
   accepted: AcceptedEvent,
   attempt: number,
+  spans?: AttemptSpans,
 ): Promise<Assignment> {
   const { spec, bundle, http: call } = accepted.data
   let { code, input } = spec
   if (accepted.data.payload !== null) {
-    const bytes = await blobOf(context, accepted.data.payload.blob, 'payload')
+    const { blob } = accepted.data.payload
+    const bytes = await timed('fetch payload', blobOf(context, blob, 'payload'), spans?.phase)
     const payload = JSON.parse(Buffer.from(bytes).toString()) as { code?: string; input?: unknown }
     code = payload.code ?? code
     if ('input' in payload) input = payload.input
@@ -52,7 +60,11 @@ export async function toJob(
   const secrets = spec.secrets.length === 0 ? undefined : await secretsOf(context, spec.secrets)
   const auth = spec.image_auth === undefined ? undefined : await secretsOf(context, [spec.image_auth])
   const whole: ProgramSpec = { ...spec, code, bundle, registryUser: auth?.[spec.image_auth!] }
-  const program = await programOf(context, whole)
+  const traceparent = spans?.runTraceparent ?? accepted.traceparent
+  const program = await programOf(context, whole, (phase) => {
+    spans?.phase(phase)
+    context.metrics?.phase('fetch bundle', (phase.end - phase.start) / 1_000, traceparent)
+  })
   const exchange =
     call == null || call.gateway === null
       ? undefined
@@ -64,10 +76,14 @@ export async function toJob(
       attempt,
       ...program,
       input: input === undefined ? undefined : JSON.stringify(input),
-      http: call == null ? undefined : await requestOf(context, accepted, call, exchange, gone.signal),
+      http:
+        call == null
+          ? undefined
+          : await requestOf(context, accepted, call, exchange, gone.signal, traceparent),
       env: secrets === undefined ? spec.env : { ...spec.env, ...secrets },
       function: accepted.data.function ?? undefined,
-      traceparent: accepted.traceparent,
+      traceparent,
+      traced: spans !== undefined,
     },
     redact: secrets === undefined && auth === undefined ? undefined : redactor(hidden(secrets, auth)),
     exchange,
@@ -109,6 +125,7 @@ async function requestOf(
   call: HttpCall,
   exchange: RunnerExchange | undefined,
   gone: AbortSignal,
+  traceparent: string | undefined,
 ): Promise<HttpRequest> {
   let { headers } = call
   try {
@@ -116,7 +133,7 @@ async function requestOf(
   } catch (cause) {
     throw new Refusal('internal', 'its credential headers were encrypted with another key', { cause })
   }
-  if (accepted.traceparent !== undefined) headers = [...headers, ['traceparent', accepted.traceparent]]
+  if (traceparent !== undefined) headers = [...headers, ['traceparent', traceparent]]
   const { body } = call
   if (body === 'live' && exchange === undefined)
     throw new Refusal('internal', 'the body of its request was not kept')

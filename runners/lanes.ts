@@ -8,6 +8,7 @@ import type { Lane } from '../shared/functions.ts'
 import type { Logger } from '../shared/process.ts'
 import { type WorkMessage, type WorkQueue, WorkQueues } from '../shared/queue.ts'
 import { laneConsumer, workConsumer } from '../shared/topology.ts'
+import { preciseNow } from '../shared/tracing.ts'
 import type { Isolation } from '../shared/workload.ts'
 import { aheadMs, type MeterStore, Turnstile } from './rate.ts'
 
@@ -29,8 +30,11 @@ export interface IntakeOptions {
   slots: number
   lanes: LaneSource
   meters: MeterStore
-  /** Settles when the message is in other hands or at its end; never rejects. */
-  handle(message: WorkMessage): Promise<void>
+  /**
+   * Settles when the message is in other hands or at its end; never rejects. `receivedAt` (ms since the epoch): when
+   * it came, where it had to wait for its turn.
+   */
+  handle(message: WorkMessage, receivedAt?: number): Promise<void>
   log: Logger
 }
 
@@ -152,6 +156,7 @@ class OpenLane {
   /** Starts a message when its turn has come, or hands it back until it may. */
   async take(message: WorkMessage): Promise<void> {
     const turnstile = this.#turnstile!
+    const receivedAt = preciseNow()
     this.#asking++
     let wait: number | undefined
     try {
@@ -168,7 +173,7 @@ class OpenLane {
     if (wait === undefined) return
     if (wait > 0.5) await this.#turn(wait)
     if (this.#stopped) return message.later(0)
-    await this.#options.handle(message)
+    await this.#options.handle(message, receivedAt)
   }
 
   #turn(ms: number): Promise<void> {

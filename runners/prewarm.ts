@@ -7,6 +7,7 @@ import {
 } from '../shared/functions.ts'
 import type { Logger } from '../shared/process.ts'
 import type { Secrets } from '../shared/secrets.ts'
+import { type Tracing, tracingOff } from '../shared/tracing.ts'
 import type { Isolation } from '../shared/workload.ts'
 import type { Program, Runner } from './runner.ts'
 import { programOf, type Stores } from './source.ts'
@@ -28,6 +29,8 @@ export interface PrewarmOptions {
   /** Of images that are in a registry with users. */
   secrets: Pick<Secrets, 'values'>
   runner: Pick<Runner, 'prewarm'>
+  /** Off unless given: each version that is made warm is a trace of its own. */
+  tracing?: Tracing
   log: Logger
 }
 
@@ -42,7 +45,7 @@ function keyOf({ isolation, runtime, bundle, source, spec }: FunctionVersion): s
 
 /** Follows the registry until it is disposed of. */
 export function startPrewarm(options: PrewarmOptions): Disposable {
-  const { functions, stores, secrets, runner, isolation, log } = options
+  const { functions, stores, secrets, runner, isolation, tracing = tracingOff, log } = options
   /** By what is run. Two functions with the same code share what is warm: the larger count holds. */
   const warm = new Map<string, { program: Program; count: number }>()
   let again: NodeJS.Timeout | undefined
@@ -75,18 +78,33 @@ export function startPrewarm(options: PrewarmOptions): Disposable {
     for (const [key, { version, count }] of goal) {
       const known = warm.get(key)
       if (known?.count === count && sameLimits(known.program, version)) continue
+      const span = tracing.on ? beginSpan(version, count) : undefined
       try {
         const program = await programOfVersion(version)
         if (stopped) return
         warm.set(key, { program, count })
         runner.prewarm(program, count)
       } catch (error) {
+        span?.fail((error as Error).name, (error as Error).message)
         log.warn({ function: version.name, version: version.version, err: error }, 'cannot be kept warm yet')
         clearTimeout(again)
         again = setTimeout(changed, againMs)
+      } finally {
+        span?.end()
       }
     }
   }
+
+  const beginSpan = (version: FunctionVersion, count: number) =>
+    tracing.begin('prewarm', {
+      kind: 'internal',
+      attributes: {
+        'vulcan.isolation': isolation,
+        'vulcan.function': version.name,
+        'vulcan.version': version.version,
+        'vulcan.sandboxes': count,
+      },
+    })
 
   function programOfVersion(version: FunctionVersion): Promise<Program> {
     const spec = invocationSpec(version)

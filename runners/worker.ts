@@ -12,11 +12,13 @@ import { type Logger, untilAborted } from '../shared/process.ts'
 import type { Registry } from '../shared/registry.ts'
 import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
+import { type Tracing, tracingOff } from '../shared/tracing.ts'
 import type { Isolation } from '../shared/workload.ts'
 import { ControlRequest, type Held, halt, parseJson, takeWork } from './attempt.ts'
 import { Bundles } from './bundles.ts'
 import { openIntake } from './lanes.ts'
 import type { LogLimits } from './logbook.ts'
+import type { RunnerMetrics } from './metrics.ts'
 import { startPrewarm } from './prewarm.ts'
 import type { Probe, Runner } from './runner.ts'
 import { Stacks } from './stacks.ts'
@@ -43,6 +45,11 @@ export interface WorkerOptions {
   ackWaitMs: number
   replicas: number
   logLimits: LogLimits
+  /** Off unless given. */
+  tracing?: Tracing | undefined
+  metrics?: RunnerMetrics | undefined
+  /** Where they are served. */
+  metricsUrl?: string | undefined
   /** Milliseconds without room after which a completion ends as `disk_full`; 30 s unless given. */
   fullMs?: number
   log: Logger
@@ -50,7 +57,8 @@ export interface WorkerOptions {
 
 /** Runs until `stop` is aborted and what was held has ended or been handed back. */
 export async function runWorker(options: WorkerOptions, stop: AbortSignal): Promise<void> {
-  const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, log } = options
+  const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, metrics, log } = options
+  const tracing = options.tracing ?? tracingOff
   const held = new Map<string, Held>()
   const vigil = new Vigil(() => held.size === 1)
   const bundles = new Bundles(blobs)
@@ -66,6 +74,8 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     ackWaitMs,
     fullMs: options.fullMs ?? fullMs,
     logLimits,
+    tracing,
+    metrics,
     log,
     held,
     vigil,
@@ -86,6 +96,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     slots,
     active: held.size,
     metrics: finite(runner.metrics?.() ?? {}),
+    metrics_url: options.metricsUrl ?? null,
     host: hostname(),
     pid: process.pid,
     started_at: startedAt,
@@ -99,9 +110,12 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     if (mine === undefined) return
     const request = ControlRequest.safeParse(parseJson(message.string()))
     if (!request.success) return
-    if (request.data.action === 'kill') halt(mine, 'killed')
-    else if (request.data.action === 'gone') {
+    if (request.data.action === 'kill') {
+      mine.killer ??= request.data.traceparent
+      halt(mine, 'killed')
+    } else if (request.data.action === 'gone') {
       if (mine.leave === undefined) return
+      mine.spans?.event('caller gone')
       mine.leave()
     } else if (request.data.attempt !== mine.attempt) return
     message.respond('{"ok":true}')
@@ -115,7 +129,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     slots,
     lanes: options.registry,
     meters: options.meters,
-    handle: (message) => takeWork(context, message),
+    handle: (message, receivedAt) => takeWork(context, message, receivedAt),
     log,
   })
   using _prewarm = startPrewarm({
@@ -124,6 +138,7 @@ export async function runWorker(options: WorkerOptions, stop: AbortSignal): Prom
     stores: { blobs, bundles },
     secrets: options.secrets,
     runner,
+    tracing,
     log,
   })
 
@@ -198,7 +213,7 @@ export async function announce(
 /** Says, for as long as the process lives, that an isolation cannot be offered here and what would change that. */
 export async function announceUnavailable(
   bus: Bus,
-  options: { runnerId: string; isolation: Isolation; replicas: number },
+  options: { runnerId: string; isolation: Isolation; replicas: number; metricsUrl?: string | undefined },
   probe: Extract<Probe, { available: false }>,
   stop: AbortSignal,
 ): Promise<void> {
@@ -212,6 +227,7 @@ export async function announceUnavailable(
     slots: 0,
     active: 0,
     metrics: {},
+    metrics_url: options.metricsUrl ?? null,
     host: hostname(),
     pid: process.pid,
     started_at: new Date().toISOString(),

@@ -16,10 +16,12 @@ import {
   responseStream,
   wholeBytes,
 } from '../../shared/guest.ts'
+import { preciseNow } from '../../shared/tracing.ts'
 import { EgressDenied, type EgressGate } from '../egress.ts'
 import type { ByteSink, ByteSource, Job, RunEvents } from '../runner.ts'
 import { Inflow, Outflow, routeStream } from './flows.ts'
 import { readFetchHead, readResponseHead } from './heads.ts'
+import { UserSpans } from './spans.ts'
 
 /** Sends a message to the child about the run; nothing where that is over. */
 export type PostMessage = (kind: Kind, parts: (string | Uint8Array | undefined)[], number: number) => void
@@ -52,6 +54,13 @@ async function pump(source: ByteSource, out: Outflow): Promise<void> {
   }
 }
 
+async function* counted(source: ByteSource, count: (bytes: number) => void): ByteSource {
+  for await (const bytes of source) {
+    count(bytes.byteLength)
+    yield bytes
+  }
+}
+
 async function* once(bytes: Uint8Array): ByteSource {
   yield bytes
 }
@@ -74,13 +83,35 @@ export class Traffic {
   #cut: string | undefined
   #onCut: ((error: Error) => void) | undefined
   #over = false
+  /** Where the run is traced. */
+  readonly #spans: UserSpans | undefined
+  /** When the run began, ms since the epoch. */
+  #began = 0
+  /** Bytes of bodies that fetches brought and took. */
+  received = 0
+  sent = 0
 
-  /** Without `egress` the code has a network of its own, and a fetch is a lie. */
-  constructor(job: Job, events: RunEvents, egress: EgressGate | undefined, post: PostMessage) {
+  /**
+   * Without `egress` the code has a network of its own, and a fetch is a lie. `clock` makes ms since the epoch of what
+   * the guest’s clock says, where that is not ms since it began with the run.
+   */
+  constructor(
+    job: Job,
+    events: RunEvents,
+    egress: EgressGate | undefined,
+    post: PostMessage,
+    clock?: (ms: number) => number,
+  ) {
     this.#job = job
     this.#events = events
     this.#egress = egress
     this.#post = post
+    const { onPhase } = events
+    if (job.traced !== true || onPhase === undefined) return
+    const earliest = preciseNow()
+    const toEpoch = clock ?? ((ms) => this.#began + ms)
+    // Within the time that there was, whatever the guest says.
+    this.#spans = new UserSpans(onPhase, (ms) => Math.min(Math.max(toEpoch(ms), earliest), preciseNow()))
   }
 
   /** What of a call by HTTP goes with the run; undefined where it is none. */
@@ -101,6 +132,7 @@ export class Traffic {
 
   /** The run has begun: what follows its first message. */
   begin(): void {
+    this.#began = preciseNow()
     const gone = this.#job.http?.gone
     if (gone !== undefined) {
       if (gone.aborted) this.#gone()
@@ -134,6 +166,10 @@ export class Traffic {
         this.#fetches.get(number)?.abort.abort()
         this.#fetches.delete(number)
         break
+      case kinds.span:
+        if (this.#spans === undefined) throw new FrameError('a span that nobody asked for')
+        this.#spans.handle(readJson(parts[0]))
+        break
       default:
         throw new FrameError(`a message of unknown kind ${kind}`)
     }
@@ -155,6 +191,7 @@ export class Traffic {
    */
   async close(failed: string | undefined): Promise<void> {
     this.#over = true
+    this.#spans?.close(preciseNow())
     this.#job.http?.gone.removeEventListener('abort', this.#gone)
     this.#request?.stopped()
     for (const { abort, up, down } of this.#fetches.values()) {
@@ -254,7 +291,9 @@ export class Traffic {
     }
     this.#fetches.set(n, fetch)
     const whole = body === undefined ? null : Uint8Array.prototype.slice.call(body)
-    void this.#run(egress, n, fetch, head, fetch.up ?? whole)
+    this.sent += whole?.byteLength ?? 0
+    const streamed = fetch.up === undefined ? undefined : counted(fetch.up, (bytes) => (this.sent += bytes))
+    void this.#run(egress, n, fetch, head, streamed ?? whole)
   }
 
   async #run(
@@ -277,12 +316,16 @@ export class Traffic {
         body,
         signal: fetch.abort.signal,
         traceparent,
+        onPhase: this.#job.traced === true ? this.#events.onPhase : undefined,
       })
       if (!live()) return
       this.#post(kinds.fetched, [JSON.stringify({ ...rest, body: answer !== null })], n)
       if (answer !== null) {
         fetch.down = new Outflow(this.#streamPost(fetchDownStream(n)))
-        await pump(answer, fetch.down)
+        await pump(
+          counted(answer, (bytes) => (this.received += bytes)),
+          fetch.down,
+        )
       }
     } catch (error) {
       const message = (error as Error).message

@@ -1,22 +1,28 @@
 /** One job on its way through the pool: from waiting for a child to its outcome. */
 import { type Message, wholeBytes } from '../../shared/guest.ts'
-import type { LogLevel } from '../../shared/workload.ts'
+import { preciseNow } from '../../shared/tracing.ts'
+import type { LogLevel, Usage } from '../../shared/workload.ts'
 import type { EgressGate } from '../egress.ts'
-import { nothingRan, round, timestamp } from '../guest/report.ts'
+import { nothingRan, round, timestamp, unknownUsage } from '../guest/report.ts'
 import { Traffic } from '../guest/traffic.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import {
   inlineResponseBytes,
   type Job,
   type Outcome,
+  type Phase,
   type Prepared,
   type Program,
   type RunEvents,
 } from '../runner.ts'
 import type { Occupant, SandboxChild } from './child-process.ts'
+import { fromMonotonic } from './clock.ts'
 import type { DoneHeader, RunHeader } from './protocol.ts'
 
 /** A child that was told to stop has so many ms to say that it has. */
 const graceMs = 150
+/** A wait for a child that is shorter than this (ms) is no phase of its own. */
+const shortWaitMs = 5
 
 /** What may be resident for a limit of `limitMb` on top of an idle child: V8’s young generation, garbage, buffers. */
 const allowanceMb = (limitMb: number) => limitMb * 1.5 + 64
@@ -25,6 +31,7 @@ const allowanceMb = (limitMb: number) => limitMb * 1.5 + 64
 export interface Seats {
   /** By which the code of its runs reaches the network. */
   readonly egress: EgressGate
+  readonly metrics: RunnerMetrics | undefined
   /** MiB of warm isolates for each child. */
   readonly warmMbEach: number
   /** A child, or undefined: then `attempt.begin` is called when there is one. */
@@ -86,6 +93,9 @@ export class Attempt implements Prepared, Occupant {
   #aborted = false
   #released = false
   #delivering = false
+  /** Milliseconds since the epoch: when it was prepared, and when it was to run. */
+  readonly #preparedAt = preciseNow()
+  #askedAt = 0
   #grace: NodeJS.Timeout | undefined
   #peakMb = 0
 
@@ -93,6 +103,7 @@ export class Attempt implements Prepared, Occupant {
     this.#pool = pool
     this.#job = job
     this.#header = headerOf(job)
+    if (job.traced === true) this.#header.traced = true
     this.key = this.#header.key
   }
 
@@ -108,6 +119,7 @@ export class Attempt implements Prepared, Occupant {
       this.#resolve = resolve
       this.#signal = signal
       this.#events = events
+      this.#askedAt = preciseNow()
       const { runtime } = this.#job
       if (signal.aborted) {
         this.#aborted = true
@@ -150,10 +162,14 @@ export class Attempt implements Prepared, Occupant {
   /** Sends it to `child`, which may be busy. */
   begin(child: SandboxChild): void {
     this.#child = child
-    const { id, attempt, traceparent, env, source, input } = this.#job
-    const ctx = JSON.stringify({ id, attempt, traceparent: traceparent ?? null, env })
-    const traffic = new Traffic(this.#job, this.#events!, this.#pool.egress, (kind, parts, number) =>
-      child.post(this, kind, parts, number),
+    const { id, attempt, traceparent, env, source, input, traced } = this.#job
+    const ctx = JSON.stringify({ id, attempt, traceparent: traceparent ?? null, env, traced })
+    const traffic = new Traffic(
+      this.#job,
+      this.#events!,
+      this.#pool.egress,
+      (kind, parts, number) => child.post(this, kind, parts, number),
+      fromMonotonic,
     )
     this.#traffic = traffic
     // A body that comes piece by piece cannot be sent again: then the child must not ask for the code.
@@ -214,8 +230,12 @@ export class Attempt implements Prepared, Occupant {
     const { status, cause, message, stack, start, cpu_ms, wall_ms, memory_mb, response } = header
     const traffic = this.#traffic!
     this.#pool.ran(this.key, this.#child!.lastMs, cpu_ms, wall_ms)
-    const usage = { cpu_ms: round(cpu_ms), memory_peak_mb: round(Math.max(memory_mb, this.#peakMb)) }
+    if (this.#child!.keys.has(this.key)) this.#child!.keys.set(this.key, memory_mb)
+    this.#tell(header)
+    const memoryMb = Math.max(memory_mb, this.#peakMb)
+    const usage = { ...this.#usage(), cpu_ms: round(cpu_ms), memory_peak_mb: round(memoryMb) }
     const ran = { usage, start }
+    if (cause === 'oom') this.#pool.metrics?.sandboxFailed('oom')
     // isolated-vm lets go of an isolate whose memory is spent, but the process is not what it was.
     if (cause === 'oom' || header.worn === true) this.#pool.retire(this.#child!)
     if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
@@ -245,9 +265,17 @@ export class Attempt implements Prepared, Occupant {
   onGone() {
     const child = this.#child!
     this.#child = undefined
-    const usage = { cpu_ms: null, memory_peak_mb: this.#peakMb > 0 ? round(this.#peakMb) : null }
+    const usage = { ...this.#usage(), memory_peak_mb: this.#peakMb > 0 ? round(this.#peakMb) : null }
     const ran = { usage, start: 'cold' as const }
+    const { metrics } = this.#pool
+    if (this.#begun) {
+      const { function: fn, traceparent } = this.#job
+      metrics?.started(fn?.name, 'cold', Number.NaN, traceparent)
+      const lost = child.ranOutOfMemory ? 'oom' : 'runner_lost'
+      this.#tellGuest(performance.timeOrigin + child.since, preciseNow(), this.#aborted ? 'stopped' : lost)
+    }
     if (this.#aborted) return this.#settle({ status: 'stopped', ...ran })
+    metrics?.sandboxFailed(child.ranOutOfMemory ? 'oom' : 'lost')
     const [cause, message] = child.ranOutOfMemory
       ? ([
           'oom',
@@ -257,6 +285,53 @@ export class Attempt implements Prepared, Occupant {
         ? (['runner_lost', `the sandbox broke its protocol: ${child.stderr.trim().slice(-300)}`] as const)
         : (['runner_lost', `the sandbox died while the code ran: ${child.exit}`] as const)
     this.#settle({ status: 'failed', cause, error: { message, stack: null }, exitCode: null, ...ran })
+  }
+
+  /** Of a run whose code may use the network, what its fetches carried. */
+  #usage(): Usage {
+    const traffic = this.#traffic
+    if (traffic === undefined || this.#job.egress === 'none') return unknownUsage
+    return {
+      ...unknownUsage,
+      network_received_bytes: traffic.received,
+      network_sent_bytes: traffic.sent,
+    }
+  }
+
+  /** To metrics and traces, of what the run consisted. */
+  #tell({ start, status, cause, phases }: DoneHeader): void {
+    const { metrics } = this.#pool
+    const { function: fn, traceparent } = this.#job
+    const onPhase = this.#onPhase
+    if (start === 'warm') metrics?.started(fn?.name, start, 0, traceparent)
+    if (phases === undefined) return
+    const now = preciseNow()
+    const within = (ms: number, from: number) => Math.min(Math.max(fromMonotonic(ms), from), now)
+    let waitedUntil = Number.POSITIVE_INFINITY
+    for (const [name, from, to] of phases) {
+      const earliest = name === 'guest' ? this.#askedAt : this.#preparedAt
+      const [begun, ended] = [within(from, earliest), within(to, earliest)]
+      if (begun >= this.#askedAt) waitedUntil = Math.min(waitedUntil, begun)
+      if (name === 'guest') {
+        if (start !== 'warm')
+          metrics?.started(fn?.name, start, (begun - this.#preparedAt) / 1_000, traceparent)
+        this.#tellGuest(begun, ended, status === 'completed' ? undefined : (cause ?? status))
+      } else {
+        metrics?.phase(name, (ended - begun) / 1_000, traceparent)
+        onPhase?.({ name, start: begun, end: ended })
+      }
+    }
+    const waited = waitedUntil - this.#askedAt
+    if (waited >= shortWaitMs && waited < Number.POSITIVE_INFINITY)
+      onPhase?.({ name: 'wait for sandbox', start: this.#askedAt, end: waitedUntil })
+  }
+
+  #tellGuest(start: number, end: number, error: string | undefined): void {
+    this.#onPhase?.({ name: 'guest', start, end, ...(error === undefined ? {} : { error }) })
+  }
+
+  get #onPhase(): ((phase: Phase) => void) | undefined {
+    return this.#job.traced === true ? this.#events?.onPhase : undefined
   }
 
   #acquire() {

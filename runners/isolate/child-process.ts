@@ -20,7 +20,7 @@ import { readResponseHead } from '../guest/heads.ts'
 import type { Entry } from '../guest/traffic.ts'
 import { Claims } from './claims.ts'
 import { killOrphans } from './orphans.ts'
-import type { DoneHeader, RunHeader } from './protocol.ts'
+import { type DoneHeader, phaseNames, type RunHeader } from './protocol.ts'
 import { childMarker, type Walls } from './walls.ts'
 
 /** Who is told about a run. */
@@ -77,8 +77,8 @@ const outOfMemory =
   /is_heap_oom|out of memory|Allocation failed|invalid (?:array|table|size|string) |invalid size error/i
 
 export class SandboxChild {
-  /** Isolates it is believed to hold warm. */
-  readonly keys = new Set<string>()
+  /** Isolates it is believed to hold warm, with MiB of their heaps when they last ran. */
+  readonly keys = new Map<string, number>()
   /** It has let go of isolates since somebody last looked. */
   dropped = false
   version = ''
@@ -87,6 +87,8 @@ export class SandboxChild {
   gone = false
   /** Why it was killed, where we did it. */
   killReason: 'oom' | 'stopped' | 'protocol' | 'retired' | undefined
+  /** `performance.now()` when that was decided. */
+  killedAt: number | undefined
   /** `performance.now()` at the start of the run under way, or of its idleness. */
   since = performance.now()
   runs = 0
@@ -203,7 +205,7 @@ export class SandboxChild {
   }
 
   prepare(header: RunHeader, code: string): void {
-    this.keys.add(header.key)
+    this.#keep(header.key)
     this.#write(encodeMessage(kinds.prepare, 0, [JSON.stringify(header), code]))
   }
 
@@ -221,7 +223,7 @@ export class SandboxChild {
   ): void {
     this.#lastRun = (this.#lastRun + 1) >>> 0
     const turn = { occupant, number: this.#lastRun, outputBytes: header.output_bytes }
-    this.keys.add(header.key)
+    this.#keep(header.key)
     if (this.#turn === undefined) this.#begin(turn)
     else {
       this.#ahead.push(turn)
@@ -273,6 +275,7 @@ export class SandboxChild {
   kill(reason: NonNullable<SandboxChild['killReason']>, now = this.ready): void {
     if (this.gone) return
     this.killReason ??= reason
+    this.killedAt ??= performance.now()
     if (!now) return
     this.#down()
     // The innermost first: when its pipes are closed, nothing of it runs any more.
@@ -353,6 +356,10 @@ export class SandboxChild {
     this.runs++
     this.since = performance.now()
     this.#decoder.maxBytes = turn.outputBytes + maxChatterBytes
+  }
+
+  #keep(key: string): void {
+    if (!this.keys.has(key)) this.keys.set(key, 0)
   }
 
   /** The run under way has ended: the child goes on with the next that was sent ahead. */
@@ -446,6 +453,9 @@ function innermost(pid: number): number {
 const isText = (value: unknown): value is string => typeof value === 'string'
 const isAmount = (value: unknown): value is number => typeof value === 'number' && value >= 0 && value < 1e12
 
+const isPhase = (value: unknown): boolean =>
+  Array.isArray(value) && phaseNames.includes(value[0]) && isAmount(value[1]) && isAmount(value[2])
+
 function readDone(part: Buffer | undefined): DoneHeader {
   let header: DoneHeader
   try {
@@ -453,7 +463,7 @@ function readDone(part: Buffer | undefined): DoneHeader {
   } catch {
     throw new FrameError('an end that is not JSON')
   }
-  const { status, cause, message, stack, start, cpu_ms, wall_ms, memory_mb, dropped } = header
+  const { status, cause, message, stack, start, cpu_ms, wall_ms, memory_mb, dropped, phases } = header
   const sound =
     (status === 'completed' ||
       status === 'stopped' ||
@@ -464,7 +474,9 @@ function readDone(part: Buffer | undefined): DoneHeader {
     isAmount(wall_ms) &&
     isAmount(memory_mb) &&
     Array.isArray(dropped) &&
-    dropped.every(isText)
+    dropped.every(isText) &&
+    (phases === undefined ||
+      (Array.isArray(phases) && phases.length <= phaseNames.length && phases.every(isPhase)))
   if (!sound) throw new FrameError('an end that makes no sense')
   if (header.response !== undefined) header.response = readResponseHead(header.response)
   return header

@@ -19,6 +19,7 @@ import {
   maxRequestBytes,
 } from '../../shared/guest.ts'
 import { takeClaim } from './claims.ts'
+import { monotonic } from './clock.ts'
 import { InvalidCode } from './compile.ts'
 import type { DoneHeader, RunHeader } from './protocol.ts'
 import { type CallEnd, Sandbox, type SandboxHost } from './sandbox.ts'
@@ -41,6 +42,8 @@ interface Held {
   keep: boolean
   /** Made before its first call was there. */
   early: boolean
+  /** How that went, until its first call has told. */
+  made: NonNullable<DoneHeader['phases']> | undefined
 }
 interface Run {
   number: number
@@ -48,7 +51,11 @@ interface Run {
   sandbox: Sandbox
   start: 'cold' | 'warm'
   cpuBefore: number
+  /** By the monotonic clock. */
   startedAt: number
+  /** What came before it, where that was for this run. */
+  made: NonNullable<DoneHeader['phases']> | undefined
+  traced: boolean
 }
 
 /** By key, the longest unused first. */
@@ -129,7 +136,9 @@ function trim(except: string): void {
 
 /** Throws `InvalidCode`. */
 function create(header: RunHeader, code: string): Held {
+  const begun = monotonic()
   const sandbox = new Sandbox(host, header.memory_mb)
+  const created = monotonic()
   try {
     sandbox.compile(code, header.typescript)
   } catch (error) {
@@ -138,7 +147,11 @@ function create(header: RunHeader, code: string): Held {
     throw reported
   }
   const keep = header.keep === true
-  const held = { sandbox, heapMb: sandbox.memoryNow()?.heapMb ?? 0, keep, early: keep }
+  const made: Held['made'] = [
+    ['create isolate', begun, created],
+    ['compile', created, monotonic()],
+  ]
+  const held = { sandbox, heapMb: sandbox.memoryNow()?.heapMb ?? 0, keep, early: keep, made }
   warm.set(header.key, held)
   trim(header.key)
   return held
@@ -156,6 +169,14 @@ function answer(
   send(kinds.done, number, [text, output, body])
 }
 
+/** How long a run took, and of what that consisted. */
+function timesOf({ start, startedAt, made, traced }: Run): Pick<DoneHeader, 'wall_ms' | 'phases'> {
+  const now = monotonic()
+  const wall_ms = now - startedAt
+  if (start === 'warm' && !traced) return { wall_ms }
+  return { wall_ms, phases: [...(made ?? []), ['guest', startedAt, now]] }
+}
+
 function ended(run: Run, end: CallEnd): void {
   const { sandbox, key, number, start, cpuBefore } = run
   const memory = sandbox.memoryNow()
@@ -165,8 +186,8 @@ function ended(run: Run, end: CallEnd): void {
   if (held !== undefined && memory !== null) held.heapMb = memory.heapMb
   const usage = {
     cpu_ms: sandbox.cpuMs - cpuBefore,
-    wall_ms: performance.now() - run.startedAt,
     memory_mb: memory?.heapMb ?? sandbox.memoryMb,
+    ...timesOf(run),
   }
   const worn = sandbox.atWork ? { worn: true as const } : {}
   if (sandbox.atWork || (end.status === 'failed' && end.cause === 'oom')) closing = true
@@ -257,7 +278,10 @@ function run(message: Message, header: RunHeader) {
   const head = textOf(message.parts[4])
   if (!sandbox.called && !held.early) start = 'cold'
   const cpuBefore = start === 'cold' ? 0 : sandbox.cpuMs
-  const mine: Run = { number, key, sandbox, start, cpuBefore, startedAt: performance.now() }
+  const made = start === 'cold' ? held.made : undefined
+  held.made = undefined
+  const traced = header.traced === true
+  const mine: Run = { number, key, sandbox, start, cpuBefore, startedAt: monotonic(), made, traced }
   current = mine
   sandbox.call({
     ctx: textOf(message.parts[1])!,
@@ -293,8 +317,8 @@ function cancel(message: Message): void {
   if (current !== run || run.sandbox.atWork) return
   const usage = {
     cpu_ms: run.sandbox.cpuMs - run.cpuBefore,
-    wall_ms: performance.now() - run.startedAt,
     memory_mb: run.sandbox.memoryNow()?.heapMb ?? 0,
+    ...timesOf(run),
   }
   run.sandbox.dispose()
   drop(run.key)

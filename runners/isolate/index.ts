@@ -2,6 +2,8 @@
 import { createHash } from 'node:crypto'
 import { availableParallelism } from 'node:os'
 import { EgressGate, type EgressOptions } from '../egress.ts'
+import { nothingRan } from '../guest/report.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import type { Capabilities, Job, Outcome, Prepared, Probe, Runner } from '../runner.ts'
 import { type Code, isCode } from './attempt.ts'
 import { killOrphans } from './orphans.ts'
@@ -10,6 +12,7 @@ import { childMarker, type WallOptions, type Walls, wallCandidates } from './wal
 import { webBundle } from './web/bundle.ts'
 
 export interface IsolateOptions extends WallOptions {
+  metrics?: RunnerMetrics | undefined
   /** What user code may reach where its policy lets it: see `egress.ts`. */
   egress?: EgressOptions
   /** MiB that the isolates kept warm in all children may hold together; default 512. */
@@ -50,11 +53,12 @@ export async function probeIsolate(options: IsolateOptions = {}): Promise<Probe>
 export async function createIsolateRunner(options: IsolateOptions = {}): Promise<Runner> {
   const min = options.min ?? Math.max(2, availableParallelism())
   const max = Math.max(options.max ?? 32, min)
-  const egress = new EgressGate(options.egress)
-  const { idleMs = 30_000, warmMb = defaultWarmMb } = options
+  const { idleMs = 30_000, warmMb = defaultWarmMb, metrics } = options
+  const egress = new EgressGate({ ...options.egress, metrics })
   const found = await findWalls(options, { min, max, idleMs, warmMb }, egress)
   if (found.pool === undefined) throw new Error(`isolates are not available: ${found.reason}`)
   const { pool, capabilities } = found
+  if (metrics !== undefined) pool.measure(metrics)
   await pool.filled()
   return {
     isolation: 'isolate',
@@ -123,8 +127,7 @@ const refuse = ({ source }: Job): Prepared => ({
       stack: null,
     },
     exitCode: null,
-    usage: { cpu_ms: null, memory_peak_mb: null },
-    start: 'cold',
+    ...nothingRan,
   }),
   release() {},
 })

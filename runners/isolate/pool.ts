@@ -4,6 +4,7 @@
  */
 import { availableParallelism } from 'node:os'
 import type { EgressGate } from '../egress.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import type { Job } from '../runner.ts'
 import { Attempt, type Code, headerOf, type Seats } from './attempt.ts'
 import { type Occupant, SandboxChild } from './child-process.ts'
@@ -61,6 +62,8 @@ const topUpMs = 100
 
 export class Pool implements Seats {
   readonly egress: EgressGate
+  /** Once `measure` was called. */
+  metrics: RunnerMetrics | undefined
   readonly #walls: Walls
   readonly #options: PoolOptions
   readonly #children = new Set<SandboxChild>()
@@ -106,6 +109,19 @@ export class Pool implements Seats {
 
   get size(): number {
     return this.#children.size
+  }
+
+  /** Counts from now on, and tells of its children and what they hold warm. */
+  measure(metrics: RunnerMetrics): void {
+    this.metrics = metrics
+    metrics.pool('idle', () => this.#idle.length)
+    metrics.pool('running', () => [...this.#children].filter((child) => child.busy).length)
+    metrics.pool('warm', () => [...this.#children].reduce((sum, child) => sum + child.keys.size, 0))
+    metrics.cache('warm isolates', () => {
+      let mb = 0
+      for (const { keys } of this.#children) for (const one of keys.values()) mb += one
+      return mb * 1_048_576
+    })
   }
 
   /** Of the children that are ready: one that is starting is no sandbox yet. */
@@ -303,12 +319,14 @@ export class Pool implements Seats {
 
   #lost(child: SandboxChild): void {
     this.#children.delete(child)
+    if (child.killedAt !== undefined) this.metrics?.cleanedUp((performance.now() - child.killedAt) / 1_000)
     // One that somebody else killed says nothing of whether the next will start.
     const failed = !child.ready && !child.killedByOthers
     if (failed) this.#failures++
     this.#onChange?.()
     if (this.#closed) return
     if (failed) {
+      this.metrics?.sandboxFailed('start')
       this.#lastFailure = `a sandbox could not be started: ${child.exit}${child.stderr === '' ? '' : `: ${child.stderr.trim().slice(-500)}`}`
       if (this.#failures >= 3 && this.#children.size === 0)
         for (const attempt of this.#waiting.splice(0)) attempt.unavailable(this.#lastFailure)

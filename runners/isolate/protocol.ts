@@ -16,9 +16,14 @@ export interface RunHeader {
   follows?: boolean
   /** Of `prepare`: keep the isolate when others are let go for their memory. */
   keep?: boolean
+  /** The time of the call itself is wanted. */
+  traced?: true
   /** Sent while another run is under way: it begins after that, and only with its claim (`claims.ts`). */
   ahead?: true
 }
+
+export const phaseNames = ['create isolate', 'compile', 'guest'] as const
+export type PhaseName = (typeof phaseNames)[number]
 
 export interface DoneHeader {
   status: 'completed' | 'failed' | 'stopped'
@@ -32,6 +37,11 @@ export interface DoneHeader {
   memory_mb: number
   /** Keys whose isolates are no longer held. */
   dropped: string[]
+  /**
+   * By the machine’s monotonic clock, ms: from when to when the isolate was made and its code compiled, where that
+   * was for this run; and the call, where that is wanted.
+   */
+  phases?: [name: PhaseName, start: number, end: number][]
   /** The process still works for this run, and should take no other. */
   worn?: true
   /** Of a call by HTTP whose response was not sent by `respond`. */

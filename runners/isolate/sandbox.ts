@@ -6,14 +6,25 @@
 import { isUtf8 } from 'node:buffer'
 import { randomFillSync } from 'node:crypto'
 import type ivm from 'isolated-vm'
-import type { Message, ResponseHead } from '../../shared/guest.ts'
+import {
+  kinds,
+  type Message,
+  maxSpans,
+  maxSpanText,
+  type ResponseHead,
+  type SpanBegin,
+  type SpanEnd,
+} from '../../shared/guest.ts'
+import { newSpanId } from '../../shared/trace.ts'
 import type { Cause } from '../../shared/workload.ts'
 import { queryOf, readResponseHead } from '../guest/heads.ts'
+import { monotonic } from './clock.ts'
 import { InvalidCode, sourceName, stripTypes, syntaxError, userStack } from './compile.ts'
 import { Exchange, type Send, utf8 } from './exchange.ts'
 import { boot, type DoneKind, type Host, type Operation } from './guest/boot.ts'
 import { makeConsole } from './guest/console.ts'
 import { makeInspect } from './guest/inspect.ts'
+import { makeSpans } from './guest/spans.ts'
 import { makeTimers } from './guest/timers.ts'
 import type { Bridge } from './web/bridge.ts'
 import type { WebCode } from './web/host.ts'
@@ -35,11 +46,13 @@ const maxGrowthMb = 16
 
 /** Timers of one call that may wait at once. */
 const maxTimers = 10_000
+/** Of what is said of one span, in bytes; where it is more, its attributes are left out. */
+const maxSpanBytes = 128 * 1024
 
 /** What the guest may call, in the order in which it is given: see `Host` and `Bridge` there. */
 const hostNames = [
   ...['log', 'done', 'setTimer', 'clearTimer', 'loaded'],
-  ...['respond', 'send', 'end', 'pull', 'query'],
+  ...['respond', 'send', 'end', 'pull', 'query', 'beginSpan', 'endSpan'],
 ] as const
 const bridgeNames = [
   ...['load', 'now', 'random', 'encode', 'decode', 'crypto'],
@@ -55,6 +68,7 @@ const guestSource = `(function (web, ${[...hostNames.map((name) => `h_${name}`),
     makeInspect: (${makeInspect}),
     makeConsole: (${makeConsole}),
     makeTimers: (${makeTimers}),
+    makeSpans: (${makeSpans}),
   }
   return (${boot})({ ${fields(hostNames, 'h_')} }, parts, { ${fields(bridgeNames, 'b_')} }, web.install)
 })`
@@ -128,6 +142,8 @@ export class Sandbox {
   #exchange: Exchange | undefined
   #end: CallEnd | undefined
   #entered = false
+  /** Spans that the call under way has begun. */
+  #spans = 0
 
   constructor(host: SandboxHost, memoryMb: number) {
     const { ivm } = host
@@ -215,6 +231,7 @@ export class Sandbox {
   call(options: CallOptions): void {
     this.#call = options
     this.#end = undefined
+    this.#spans = 0
     this.#calls++
     const { ctx, input, outputBytes, request } = options
     this.#exchange = new Exchange(this.#host.send, (...args) => this.#enter(...args))
@@ -284,7 +301,33 @@ export class Sandbox {
       end: () => this.#exchange?.end(),
       pull: () => this.#exchange?.pull(),
       query: (url) => queryOf(url),
+      beginSpan: (name, parent, attributes) => this.#beginSpan(name, parent, attributes),
+      endSpan: (id, attributes, error) => this.#endSpan(id, attributes, error),
     }
+  }
+
+  #beginSpan(name: unknown, parent: unknown, attributes: unknown): string | undefined {
+    if (this.#call === undefined || typeof name !== 'string' || this.#spans >= maxSpans) return undefined
+    this.#spans++
+    const begun: SpanBegin = { id: newSpanId(), name: name.slice(0, maxSpanText), start: monotonic() }
+    if (typeof parent === 'string') begun.parent = parent
+    this.#sendSpan(begun, attributes)
+    return begun.id
+  }
+
+  #endSpan(id: unknown, attributes: unknown, error: unknown): void {
+    if (this.#call === undefined || typeof id !== 'string') return
+    const ended: SpanEnd = { id, end: monotonic() }
+    if (typeof error === 'string') ended.error = error.slice(0, maxSpanText)
+    this.#sendSpan(ended, attributes)
+  }
+
+  #sendSpan(span: SpanBegin | SpanEnd, attributes: unknown): void {
+    const plain = JSON.stringify(span)
+    let text = plain
+    if (typeof attributes === 'string' && attributes.length <= maxSpanBytes)
+      text = JSON.stringify({ ...span, attributes: JSON.parse(attributes) })
+    this.#host.send(kinds.span, [Buffer.byteLength(text) <= maxSpanBytes ? text : plain])
   }
 
   #bridgeFunctions(): Bridge {

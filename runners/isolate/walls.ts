@@ -42,6 +42,7 @@ const childFiles = [
   'package.json',
   'shared/frames.ts',
   'shared/guest.ts',
+  'shared/trace.ts',
   'runners/guest/flows.ts',
   'runners/guest/heads.ts',
   'runners/isolate',

@@ -1,6 +1,7 @@
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { Bundles } from '../../runners/bundles.ts'
+import { unknownUsage } from '../../runners/guest/report.ts'
 import { withoutPrefix } from '../../runners/job.ts'
 import { redactor } from '../../runners/redact.ts'
 import type { Outcome } from '../../runners/runner.ts'
@@ -160,7 +161,7 @@ test('the values of secrets stand in no event and no log line', async () => {
       cause: 'user_error',
       error: { message, stack: `Error: ${message}\n    at index.js:1:1` },
       exitCode: null,
-      usage: { cpu_ms: null, memory_peak_mb: null },
+      usage: unknownUsage,
       start: 'warm',
     }
   })
@@ -222,7 +223,7 @@ test('a stack points at the lines the user wrote', async () => {
         'Error: at index.js:3:5 it broke\n    at run (index.js:3:5)\n    at index.js:99:1\n    at other.js:3:5',
     },
     exitCode: null,
-    usage: { cpu_ms: null, memory_peak_mb: null },
+    usage: unknownUsage,
     start: 'warm',
   }
   await using _ = await startWorker(on, code)

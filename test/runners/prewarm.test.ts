@@ -5,8 +5,12 @@ import { Bundles } from '../../runners/bundles.ts'
 import { startPrewarm } from '../../runners/prewarm.ts'
 import type { Program, Runner } from '../../runners/runner.ts'
 import { FunctionRecord, FunctionSpec, FunctionVersion } from '../../shared/functions.ts'
+import { digestOf } from '../../shared/ids.ts'
 import { Registry } from '../../shared/registry.ts'
+import { startTracing, TelemetryOptions } from '../../shared/telemetry.ts'
+import { tracingOff } from '../../shared/tracing.ts'
 import type { Isolation } from '../../shared/workload.ts'
+import { startOtlp } from '../otlp.ts'
 import { type Ground, ground, until } from '../shared/support.ts'
 import { codeOf } from './support.ts'
 
@@ -31,8 +35,9 @@ async function world() {
     programs,
     /** What is kept warm now, by code. */
     warm: () => Object.fromEntries(calls.map(({ code, count }) => [code, count])),
-    start: (isolation: Isolation = 'isolate') =>
+    start: (isolation: Isolation = 'isolate', tracing = tracingOff) =>
       startPrewarm({
+        tracing,
         isolation,
         functions: registry,
         stores: { blobs: on.blobs, bundles: new Bundles(on.blobs) },
@@ -109,6 +114,28 @@ test('what a call without a ref means is kept warm: at the start, after a deploy
   await on.registry.put({ ...last.record, deleted_at: new Date().toISOString() }, last.revision)
   await until('neither', () => (on.warm()['early 1'] === 0 && on.warm()['early 2'] === 0) || undefined)
   assert.is(on.warm()['never 1'], undefined)
+})
+
+test('what is made warm is a trace of its own, and says where it cannot be', async () => {
+  await using on = await world()
+  await using otlp = await startOtlp()
+  const options = TelemetryOptions.parse({ endpoint: otlp.url, delayMs: 50 })
+  const log = pino({ level: 'silent' })
+  await using tracing = await startTracing(options, { service: 'vulcan-runner', id: 'r1', log })
+  using _ = on.start('isolate', tracing)
+  await deploy(on, 'warm', 1, { prewarm: 2 })
+  const bundle = { blob: digestOf('never stored'), size: 1, map: null }
+  await deploy(on, 'gone', 2, { prewarm: 1 }, { made: { bundle } })
+  const [warm, gone] = await until('both', () => {
+    const found = ['warm', 'gone'].map((name) =>
+      otlp.spans.find(({ attributes }) => attributes['vulcan.function'] === name),
+    )
+    return found.every((span) => span !== undefined) ? found : undefined
+  })
+  assert.equal([warm!.name, warm!.parentSpanId, warm!.status.code], ['prewarm', undefined, 'unset'])
+  assert.is(warm!.attributes['vulcan.sandboxes'], 2)
+  assert.is(gone!.status.code, 'error')
+  assert.match(gone!.status.message, 'cannot be read')
 })
 
 test('of containers the same code is kept for each network and user that it is to have', async () => {

@@ -6,6 +6,7 @@
 import type { BodyReader, Bridge, Install, Puller, RequestHead, WebGuest } from '../web/bridge.ts'
 import type { Logger, Write } from './console.ts'
 import type { Inspect } from './inspect.ts'
+import type { OpenSpan, SpanHost, Traced } from './spans.ts'
 import type { Timers } from './timers.ts'
 
 /** How a call ended, and what goes with it. */
@@ -19,7 +20,7 @@ export type DoneKind =
   | 'output_invalid'
   | 'output_too_large'
 
-export interface Host {
+export interface Host extends SpanHost {
   log: Write
   /**
    * `a`: output or message; `b`: stack; `c`: name of the error. Of `response`: its head as JSON text, and its body.
@@ -51,6 +52,7 @@ export interface Parts {
     isLive: () => boolean,
     onError: (error: unknown) => void,
   ): Timers
+  makeSpans(host: SpanHost, isLive: (call: Traced) => boolean, describe: (error: unknown) => string): OpenSpan
 }
 
 /**
@@ -81,7 +83,7 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
   const copyInto = uncurry(Bytes.prototype.set)
   const global = globalThis as Record<string, unknown>
 
-  interface Call {
+  interface Call extends Traced {
     ctx: { env: Record<string, string> }
     input: string | undefined
     maxOutput: number
@@ -113,6 +115,15 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
     host.clearTimer,
     () => current !== undefined,
     (error) => fail('uncaught', error),
+  )
+
+  const openSpan = parts.makeSpans(
+    host,
+    (call) => call === current,
+    (error) => {
+      const message = typeof error === 'object' && error !== null ? readText(error, 'message') : undefined
+      return message ?? (typeof error === 'string' ? error : inspect(error))
+    },
   )
 
   const finish = (call: Call, kind: DoneKind, a: string, b?: string | Uint8Array, c?: string) => {
@@ -373,9 +384,13 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
         })
       },
       passThroughOnException() {},
+      span: (name: unknown, fn: unknown, attributes?: unknown) =>
+        openSpan(call, undefined, name, fn, attributes),
     }
     const call: Call = {
       ctx,
+      traceparent: given.traceparent,
+      traced: given.traced === true,
       input: undefined,
       maxOutput,
       http: undefined,
