@@ -1,19 +1,28 @@
-/** One runner process: `node runners/main.ts isolate | gvisor | docker | microvm`. Stateless; start as many as the host carries. */
+/**
+ * One runner process: `node runners/main.ts isolate | gvisor | docker | microvm`. Stateless; start as many as the host
+ * carries. With `probe` behind it, it only says what the host can do.
+ */
 import { availableParallelism, totalmem } from 'node:os'
 import { resolve } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { z } from 'zod'
 import { Blobs } from '../shared/blobs.ts'
 import { Bus } from '../shared/bus.ts'
-import { CommonConfig, readConfig, secretKeyOf } from '../shared/config.ts'
+import { CommonConfig, logOptionsOf, readConfig, secretKeyOf } from '../shared/config.ts'
 import { newProcessId } from '../shared/ids.ts'
 import { Meters } from '../shared/meters.ts'
+import { answerMetrics } from '../shared/metrics-answer.ts'
 import { makeLogger, stopSignal } from '../shared/process.ts'
+import { countProcess } from '../shared/process-metrics.ts'
 import { Registry } from '../shared/registry.ts'
 import { SecretBox, Secrets } from '../shared/secrets.ts'
+import { startTracing } from '../shared/telemetry.ts'
 import { Isolation } from '../shared/workload.ts'
 import type { ContainerOptions } from './container/index.ts'
+import { descendantsUse } from './descendants.ts'
 import type { EgressOptions } from './egress.ts'
+import { RunnerMetrics } from './metrics.ts'
+import { serveMetrics } from './metrics-server.ts'
 import type { MicrovmOptions } from './microvm/index.ts'
 import type { Probe, Runner } from './runner.ts'
 import { announceUnavailable, runWorker } from './worker.ts'
@@ -69,6 +78,8 @@ const RunnerConfig = CommonConfig.extend({
   registryAuthFile: absolute.optional(),
   /** What fetched and unpacked images may take on disk, MiB. */
   imageCacheMb: z.coerce.number().int().min(64).default(20_480),
+  /** Of its own metrics, on loopback; 0, or one that is taken: any free one. */
+  metricsPort: z.coerce.number().int().min(0).max(65_535).default(0),
   /** A workload’s attempt publishes at most this many log lines and bytes. */
   logLines: z.coerce.number().int().positive().default(10_000),
   logBytes: z.coerce
@@ -96,7 +107,8 @@ const microvms = () => import('./microvm/index.ts')
 
 const container = (kind: 'gvisor' | 'docker'): Offer => ({
   probe: async (config) => (await containers()).probeContainer(kind, containerOptions(config)),
-  create: async (config) => (await containers()).createContainerRunner(kind, containerOptions(config)),
+  create: async (config) =>
+    (await containers()).createContainerRunner(kind, { ...containerOptions(config), metrics }),
   slots: (config) => config.containerSlots,
 })
 
@@ -105,14 +117,14 @@ const offers: Record<Isolation, Offer> = {
   isolate: {
     probe: async () => (await isolates()).probeIsolate(),
     create: async (config) =>
-      (await isolates()).createIsolateRunner({ max: config.slots, egress: egressOptions(config) }),
+      (await isolates()).createIsolateRunner({ max: config.slots, egress: egressOptions(config), metrics }),
     slots: (config) => config.slots,
   },
   gvisor: container('gvisor'),
   docker: container('docker'),
   microvm: {
     probe: async (config) => (await microvms()).probeMicrovm(microvmOptions(config)),
-    create: async (config) => (await microvms()).createMicrovmRunner(microvmOptions(config)),
+    create: async (config) => (await microvms()).createMicrovmRunner({ ...microvmOptions(config), metrics }),
     slots: (config) => config.microvmSlots,
   },
 }
@@ -143,17 +155,32 @@ const config = readConfig(
     microvmPoolAgeS: 'VULCAN_MICROVM_POOL_AGE_S',
     microvmSnapshots: 'VULCAN_MICROVM_SNAPSHOTS',
     firecracker: 'VULCAN_FIRECRACKER',
+    metricsPort: 'VULCAN_METRICS_PORT',
   },
   process.env,
 )
 const runnerId = newProcessId(isolation.data)
-const log = makeLogger('vulcan-runner', config.logLevel).child({ runner: runnerId })
+const log = await makeLogger('vulcan-runner', logOptionsOf(config, runnerId))
+// For `npm run doctor`: what was found is the last line of standard output, as JSON.
+if (process.argv[3] === 'probe') {
+  process.stdout.write(`${JSON.stringify(await tryOut(offer))}\n`)
+  process.exit()
+}
 const stop = stopSignal()
 const { replicas, ackWaitMs } = config.topology
 const slotCount = offer.slots(config)
 
+const metrics = new RunnerMetrics(runnerId, isolation.data, descendantsUse)
+countProcess(metrics.registry, config.restarts)
+await using metricsServer = await serveMetrics(metrics.registry, config.metricsPort)
+const metricsUrl = metricsServer.url
+
+// Disposed last: what is still on its way has spans to end.
+await using tracing = await startTracing(config.telemetry, { service: 'vulcan-runner', id: runnerId, log })
+
 const probing = tryOut(offer)
 await using bus = await Bus.connect({ url: config.natsUrl, name: runnerId }, stop)
+using _answers = answerMetrics(bus, runnerId, metrics.registry)
 if (await untilAvailable(offer, isolation.data, await probing)) {
   const box = await SecretBox.open(secretKeyOf(config))
   const [blobs, secrets, registry, meters] = await openStores(box)
@@ -177,6 +204,9 @@ if (await untilAvailable(offer, isolation.data, await probing)) {
       ackWaitMs,
       replicas,
       logLimits: { lines: config.logLines, bytes: config.logBytes },
+      metrics,
+      metricsUrl,
+      tracing,
       log,
     },
     stop,
@@ -199,7 +229,7 @@ async function untilAvailable(offer: Offer, isolation: Isolation, probe: Probe):
     log.error({ reason, fix }, 'isolation unavailable')
     const changed = new AbortController()
     const until = AbortSignal.any([stop, changed.signal])
-    const announced = announceUnavailable(bus, { runnerId, isolation, replicas }, probe, until)
+    const announced = announceUnavailable(bus, { runnerId, isolation, replicas, metricsUrl }, probe, until)
     while (!stop.aborted && !probe.available && probe.reason === reason) {
       await delay(probeAgainMs, undefined, { signal: stop }).catch(() => {})
       if (!stop.aborted) probe = await tryOut(offer)

@@ -133,17 +133,20 @@ export type Outcome = Completed | Failed | Stopped
 export interface Phase {
   /**
    * Of a cold start, in the field’s terms: `fetch bundle`, `create isolate`, `compile`, `pull image`, `unpack image`,
-   * `create container`, `boot machine`, `restore machine`, `mount files`, `start handler`; and `guest`, the time within
-   * the sandbox from the handler's call to its answer. Of user code: as it said.
+   * `create container`, `boot machine`, `restore machine`, `mount files`, `start handler`, `open network`,
+   * `build program`; waits, `wait for turn` (its lane’s rate) and `wait for sandbox`; and `guest`, the time within the
+   * sandbox from the handler’s call to its answer. Of user code: as it said. Of a fetch: its method.
    */
   name: string
+  /** Of a fetch that the code made, or the runner for it. */
+  kind?: 'client'
   /** Milliseconds since the epoch, with fractions. */
   start: number
   end: number
   attributes?: Attributes
-  /** Set where it failed. */
+  /** Set where it failed; of `guest` its cause, or `stopped` where the signal was aborted. */
   error?: string
-  /** Of user code’s spans, 16 hex digits each: its own id, and that of the span it stands under where that is one of them. */
+  /** Of spans of user code and of fetches, 16 hex digits each: its own id, and that of the span it stands under where that is one of them. */
   spanId?: string
   parentSpanId?: string
 }

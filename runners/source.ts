@@ -3,9 +3,10 @@ import type { Blobs } from '../shared/blobs.ts'
 import { BusUnavailable } from '../shared/errors.ts'
 import type { Accepted } from '../shared/events.ts'
 import { sha256Hex } from '../shared/ids.ts'
+import { preciseNow } from '../shared/tracing.ts'
 import { type Cause, type Digest, runtimeOf, type WorkloadSpec } from '../shared/workload.ts'
 import type { Bundles } from './bundles.ts'
-import type { ByteSource, Program, RegistryAuth, Source } from './runner.ts'
+import type { ByteSource, Phase, Program, RegistryAuth, Source } from './runner.ts'
 
 /** The workload cannot run, now or later. */
 export class Refusal extends Error {
@@ -35,15 +36,22 @@ export interface Stores {
 /** Of specs that were accepted before they could name it (MiB). */
 const defaultDiskMb = 64
 
-/** Throws `Refusal` for what cannot run, `BusUnavailable` where trying again can help. Archives are not read yet. */
-export async function programOf(stores: Stores, spec: ProgramSpec): Promise<Program> {
+/**
+ * Throws `Refusal` for what cannot run, `BusUnavailable` where trying again can help. Archives are not read yet.
+ * `onPhase` is told of code that was not in memory.
+ */
+export async function programOf(
+  stores: Stores,
+  spec: ProgramSpec,
+  onPhase?: (phase: Phase) => void,
+): Promise<Program> {
   const { bundle, limits } = spec
   const built = isBuilt(spec)
   return {
     // A built module holds no types any more.
     // The gateway takes no archive of which nothing says what runs it.
     runtime: built ? 'javascript' : (runtimeOf(spec) ?? 'oci'),
-    source: bundle == null ? sourceOf(stores, spec) : await bundleOf(stores, bundle.blob),
+    source: bundle == null ? sourceOf(stores, spec) : await bundleOf(stores, bundle.blob, onPhase),
     entrypoint: built ? undefined : spec.entrypoint,
     limits: { ...limits, disk_mb: limits.disk_mb ?? defaultDiskMb },
     egress: spec.network.egress,
@@ -58,12 +66,33 @@ const isBuilt = ({ bundle, runtime, entrypoint }: ProgramSpec): boolean =>
   !Array.isArray(entrypoint) &&
   (runtime === undefined || runtime === 'javascript' || runtime === 'typescript')
 
-async function bundleOf({ bundles }: Stores, digest: Digest): Promise<Source> {
-  const text = bundles.get(digest)
-  return {
-    kind: 'code',
-    text: typeof text === 'string' ? text : await unlessGone(text, `its code ${digest}`),
-    sha256: hex(digest),
+async function bundleOf(
+  { bundles }: Stores,
+  digest: Digest,
+  onPhase: ((phase: Phase) => void) | undefined,
+): Promise<Source> {
+  let text = bundles.get(digest)
+  if (typeof text !== 'string')
+    text = await timed('fetch bundle', unlessGone(text, `its code ${digest}`), onPhase)
+  return { kind: 'code', text, sha256: hex(digest) }
+}
+
+/** Tells how long something took that had to be fetched. */
+export async function timed<T>(
+  name: string,
+  work: Promise<T>,
+  onPhase: ((phase: Phase) => void) | undefined,
+): Promise<T> {
+  if (onPhase === undefined) return await work
+  const start = preciseNow()
+  let error: string | undefined
+  try {
+    return await work
+  } catch (thrown) {
+    error = (thrown as Error).message
+    throw thrown
+  } finally {
+    onPhase({ name, start, end: preciseNow(), ...(error === undefined ? {} : { error }) })
   }
 }
 

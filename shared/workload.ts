@@ -218,8 +218,20 @@ export const WorkloadError = z
   .meta({ id: 'WorkloadError' })
 export type WorkloadError = z.infer<typeof WorkloadError>
 
-/** CPU time in ms and peak memory in MiB of one attempt, as measured by its sandbox; null where it cannot tell. */
-export const Usage = z.strictObject({ cpu_ms: z.number().nullable(), memory_peak_mb: z.number().nullable() })
+/**
+ * What one attempt used, as measured by its sandbox; null where that cannot tell. CPU time in ms, peak memory in MiB;
+ * bytes that were really read from and written to disks, and those of its network.
+ */
+export const Usage = z
+  .strictObject({
+    cpu_ms: z.number().nullable(),
+    memory_peak_mb: z.number().nullable(),
+    disk_read_bytes: addedLater(z.int().nonnegative().nullable().default(null)),
+    disk_written_bytes: addedLater(z.int().nonnegative().nullable().default(null)),
+    network_received_bytes: addedLater(z.int().nonnegative().nullable().default(null)),
+    network_sent_bytes: addedLater(z.int().nonnegative().nullable().default(null)),
+  })
+  .meta({ id: 'Usage' })
 export type Usage = z.infer<typeof Usage>
 
 /** How a sandbox came to a run: made for it, made ready before with nothing of the user’s in it, or used before by the same code. */
@@ -276,6 +288,8 @@ export const Workload = z
     error: WorkloadError.nullable(),
     receipt: Receipt.nullable(),
     trace_id: z.string().nullable(),
+    /** Where that trace can be looked at; null unless the operator has said where people do. */
+    trace_url: z.string().nullable(),
     labels: z.record(z.string(), z.string()),
     /** Null where it is not an invocation of a deployed function. */
     function: FunctionRef.nullable(),

@@ -24,6 +24,7 @@ import { createGunzip } from 'node:zlib'
 import { Parser, type ReadEntry } from 'tar'
 import { type Entry, open as openZip, type ZipFile } from 'yauzl'
 import type { ByteSource, Source } from '../runner.ts'
+import { unmeasured } from './phases.ts'
 import { staysInside } from './rootfs.ts'
 
 /** The archive cannot be used; the message says what is wrong with it. */
@@ -82,7 +83,7 @@ export class Archives implements AsyncDisposable {
   }
 
   /** Throws `ArchiveError`. Several that want the same share one unpacking. */
-  async get(source: ArchiveSource): Promise<Archive> {
+  async get(source: ArchiveSource, phases = unmeasured): Promise<Archive> {
     const { sha256 } = source
     let kept = this.#kept.get(sha256)
     if (kept === undefined) {
@@ -102,7 +103,10 @@ export class Archives implements AsyncDisposable {
       void this.#evict()
     }
     try {
-      const { path, entries } = await mine.unpacked
+      const isHere = mine.bytes > 0
+      const { path, entries } = await (isHere
+        ? mine.unpacked
+        : phases.measure('fetch bundle', () => mine.unpacked))
       void this.#evict()
       return { path, entries, [Symbol.dispose]: once(release) }
     } catch (error) {
@@ -129,9 +133,15 @@ export class Archives implements AsyncDisposable {
     }
   }
 
-  async #evict(): Promise<void> {
+  /** Bytes of all that is here. */
+  get bytes(): number {
     let total = 0
     for (const { bytes } of this.#kept.values()) total += bytes
+    return total
+  }
+
+  async #evict(): Promise<void> {
+    let total = this.bytes
     for (const [sha256, kept] of this.#kept) {
       if (total <= this.#budgetBytes) return
       if (kept.holders > 0 || kept.bytes === 0) continue

@@ -3,6 +3,7 @@ import { totalmem } from 'node:os'
 import { join } from 'node:path'
 import type { Capabilities } from '../../shared/backends.ts'
 import { type Digest, type Isolation, Limits, type Runtime } from '../../shared/workload.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import type { Job, Program, Runner } from '../runner.ts'
 import type { Engine, ImageStore, Networks } from './engine.ts'
 import { OwnFiles } from './files.ts'
@@ -27,6 +28,7 @@ export interface Parts {
   budgetMb: number
   slots: number
   pool?: Partial<PoolOptions>
+  metrics?: RunnerMetrics | undefined
 }
 
 const runtimesOf: Record<RuntimeName, readonly Runtime[]> = {
@@ -89,6 +91,7 @@ export async function assembleRunner(parts: Parts): Promise<Runner> {
       findRuntime: parts.findRuntime,
       cacheDir: parts.cacheDir,
       budgetMb: Math.min(maxShareMb, Math.ceil(parts.budgetMb * shareOfBudget)),
+      metrics: parts.metrics,
     }),
   )
   const pool = new Pool({
@@ -97,6 +100,8 @@ export async function assembleRunner(parts: Parts): Promise<Runner> {
     ...parts.pool,
   })
   scope.defer(() => pool.close())
+  for (const state of ['running', 'idle', 'warm', 'paused'] as const)
+    parts.metrics?.pool(state, () => pool.count(state))
   let capabilities = await capabilitiesOf(parts)
   const looking = setInterval(async () => {
     if (capabilities.missing.some(({ wall }) => wall.startsWith('runtime ')))
@@ -157,7 +162,7 @@ function prewarm(workshop: Workshop, pool: Pool, program: Program, count: number
     const { base } = route
     pool.keep(key, count, async () => {
       const image = await workshop.image(base, never)
-      const sandbox = await workshop.handler(handler, jobOf(program), image, never, true)
+      const sandbox = await workshop.handler(handler, jobOf(program), image, never, { ahead: true })
       sandbox.programKey = key
       return sandbox
     })

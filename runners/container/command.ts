@@ -1,9 +1,11 @@
 /** Runs a command in a box: input on its standard input, lines while it runs, a result when it ends well. */
 import { constants } from 'node:fs'
 import { open, stat } from 'node:fs/promises'
+import { preciseNow } from '../../shared/tracing.ts'
 import type { LogLine } from '../../shared/workload.ts'
 import type { Box, Exit } from './engine.ts'
 import { LineSplitter, Pace } from './lines.ts'
+import { type Phases, unmeasured } from './phases.ts'
 
 export interface CommandOptions {
   /** JSON text; undefined: nothing comes. */
@@ -11,6 +13,8 @@ export interface CommandOptions {
   /** The file on this host that the command finds as VULCAN_RESULT. */
   result: string
   outputBytes: number
+  /** Who measures it. */
+  phases?: Phases
   onLine(line: Pick<LogLine, 'level' | 'stream' | 'text'>): void
 }
 
@@ -25,7 +29,7 @@ const watchMs = 100
 
 /** Starts the box, and settles when its first process has ended or the box was killed. Rejects with `BoxError`. */
 export async function runCommand(box: Box, options: CommandOptions): Promise<CommandEnd> {
-  const { input, result, outputBytes, onLine } = options
+  const { input, result, outputBytes, phases = unmeasured, onLine } = options
   const stdout = new Collected(outputBytes)
   const streams = (['stdout', 'stderr'] as const).map((name) => {
     const level = name === 'stdout' ? 'info' : 'error'
@@ -39,7 +43,9 @@ export async function runCommand(box: Box, options: CommandOptions): Promise<Com
     return lines
   })
   box.stdin.on('error', () => {})
-  await box.start()
+  await phases.measure('start handler', () => box.start())
+  phases.started('cold')
+  const began = preciseNow()
   box.stdin.end(input ?? '')
   let overgrown = false
   const watch = setInterval(() => {
@@ -54,6 +60,10 @@ export async function runCommand(box: Box, options: CommandOptions): Promise<Com
   }, watchMs)
   const exit = await box.exited
   clearInterval(watch)
+  phases.add({
+    ...{ name: 'guest', start: began, end: preciseNow() },
+    ...(exit.code === 0 ? {} : { error: `exit code ${exit.code}` }),
+  })
   for (const lines of streams) lines.end()
   if (overgrown) return { kind: 'too_large', exit, size: `more than ${outputBytes}` }
   if (exit.code !== 0) return { kind: 'exited', exit, output: undefined }

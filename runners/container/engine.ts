@@ -6,6 +6,7 @@ import type { Readable, Writable } from 'node:stream'
 import type { LimitReport } from '../../shared/backends.ts'
 import type { Digest, Egress } from '../../shared/workload.ts'
 import type { ByteSource, RegistryAuth } from '../runner.ts'
+import type { Phases } from './phases.ts'
 
 /** Where an image comes from. */
 export type ImageSource =
@@ -33,7 +34,7 @@ export interface Image extends Disposable {
   /** The OCI layout directory that holds it, with `digest` as its tag-less manifest; for engines with stores of their own. */
   layout: string
   /** The unpacked root file system, shared and read-only; made when it is first asked for. Throws `ImageError`. */
-  root(): Promise<string>
+  root(phases?: Phases): Promise<string>
 }
 
 /** Why an image cannot be had; the message names the image, what was wrong and the way out. */
@@ -49,7 +50,7 @@ export class ImageError extends Error {
 
 export interface ImageStore extends AsyncDisposable {
   /** Fetches, verifies and unpacks what is not there yet; several that ask for the same share one fetch. */
-  get(source: ImageSource, signal: AbortSignal): Promise<Image>
+  get(source: ImageSource, signal: AbortSignal, phases?: Phases): Promise<Image>
 }
 
 /** Numeric: names are looked up in the image’s own /etc/passwd and /etc/group. */
@@ -90,6 +91,8 @@ export interface BoxSpec {
   mounts: Mount[]
   limits: BoxLimits
   network: Network | undefined
+  /** Who measures its making. */
+  phases?: Phases
   /** Of boxes that all begin alike, with nothing of a job in them: for engines that can begin where one was left. */
   template?: BoxTemplate
 }
@@ -122,6 +125,14 @@ export interface BoxUsage {
   memoryPeakMb: number | null
   /** Processes that the kernel has killed so far for want of memory within the box’s limit, where it is known. */
   oomKills?: number
+  /** Bytes that it has really read from and written to disks so far, where it is known. */
+  disk?: Bytes | undefined
+}
+
+/** Of disks: read and written. Of networks: received and sent. */
+export interface Bytes {
+  in: number
+  out: number
 }
 
 /** A sandbox from its making to its removal. */
@@ -207,6 +218,8 @@ export interface Network extends AsyncDisposable {
   readonly nameservers: string[]
   /** Connections that the rules have refused so far. */
   denied(): Promise<number>
+  /** Bytes that its box has received and sent so far; undefined: not known any more. */
+  traffic(): Bytes | undefined
   /**
    * Moves the interface into the network namespace of a live process, with its address and under its rules; `path`
    * leads there then. For engines that make namespaces of their own. At most once; throws where the process has none.

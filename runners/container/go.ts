@@ -9,6 +9,7 @@ import { join } from 'node:path'
 import type { Program } from '../runner.ts'
 import type { Engine, Image } from './engine.ts'
 import { LineSplitter } from './lines.ts'
+import { type Phases, unmeasured } from './phases.ts'
 import { codeFile, mebibyte } from './plan.ts'
 import { inBox } from './protocol.ts'
 
@@ -69,7 +70,12 @@ export class GoBuilds implements AsyncDisposable {
    * The path of the program. Several that want the same share one build, which goes on where `signal` is aborted:
    * the next that asks has it. Throws `BuildFailed`, `ImageError`, `BoxError`.
    */
-  async get(program: Program, entry: string | null, signal: AbortSignal): Promise<string> {
+  async get(
+    program: Program,
+    entry: string | null,
+    signal: AbortSignal,
+    phases: Phases = unmeasured,
+  ): Promise<string> {
     const image = await this.#tools.image('go', signal)
     const { source } = program
     const sha256 = source.kind === 'image' ? source.reference : source.sha256
@@ -96,7 +102,8 @@ export class GoBuilds implements AsyncDisposable {
       }
       building.then(forget, forget)
     } else image[Symbol.dispose]()
-    return await building
+    const built = building
+    return await phases.measure('build program', () => built)
   }
 
   async #build(program: Program, entry: string | null, image: Image, path: string): Promise<string> {

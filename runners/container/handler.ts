@@ -252,13 +252,14 @@ function readDone(part: Buffer | undefined): DoneHeader {
     throw new FrameError('an end that is not JSON')
   }
   if (typeof header !== 'object' || header === null) throw new FrameError('an end that is no object')
-  const { status, cause, message, stack, worn, response } = header
+  const { status, cause, message, stack, worn, response, guest } = header
   const sound =
     (status === 'completed' ||
       status === 'stopped' ||
       (status === 'failed' && shimCauses.has(cause!) && isText(message))) &&
     (stack === null || isText(stack)) &&
-    (worn === undefined || worn === true)
+    (worn === undefined || worn === true) &&
+    (guest === undefined || (Array.isArray(guest) && guest.length === 2 && guest.every(Number.isFinite)))
   if (!sound) throw new FrameError('an end that makes no sense')
   return response === undefined ? header : { ...header, response: readResponseHead(response) }
 }

@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto'
 import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { EgressOptions } from '../egress.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import type { Probe, Runner } from '../runner.ts'
 import { assembleRunner, capabilitiesOf, filesDirectory, type Parts } from './assemble.ts'
 import { createDocker } from './docker/index.ts'
@@ -14,6 +15,8 @@ import { findRuntime } from './runtimes/index.ts'
 
 /** Paths are absolute. */
 export interface ContainerOptions {
+  /** What it counts and measures. */
+  metrics?: RunnerMetrics | undefined
   /** Workloads held at once. */
   slots: number
   dataDir: string
@@ -71,6 +74,7 @@ export async function createContainerRunner(kind: Kind, options: ContainerOption
       imageDirectories: [...imageDirectories, join(cacheDir, 'runtimes')],
       ...(registryAuthFile === undefined ? {} : { authFile: registryAuthFile }),
       budgetMb: diskBudgetMb,
+      metrics: options.metrics,
     }),
   )
   scope.move()
@@ -86,6 +90,7 @@ export async function createContainerRunner(kind: Kind, options: ContainerOption
     cacheDir,
     budgetMb: diskBudgetMb,
     slots: options.slots,
+    metrics: options.metrics,
   })
 }
 

@@ -114,10 +114,17 @@ const rewire = 'exec "$@" 3>&1 4<&0 1>&2 </dev/null'
  */
 export const heapMb = (memoryMb: number) => Math.max(16, Math.floor(Math.max(memoryMb * 0.5, memoryMb - 96)))
 
-export function shimArgv(language: 'node' | 'python', memoryMb: number): string[] {
+/**
+ * V8’s baseline compiler (Sparkplug) is of no use in machines that end with a run: what it makes is new code, which an
+ * emulator has to translate, and its own translation takes some MB of each machine that stands ready.
+ */
+const forOneRun = ['--no-sparkplug']
+
+/** `isForOne`: the box ends with its first run. */
+export function shimArgv(language: 'node' | 'python', memoryMb: number, isForOne = false): string[] {
   const argv =
     language === 'node'
-      ? ['node', `--max-old-space-size=${heapMb(memoryMb)}`, inBox.nodeShim]
+      ? ['node', ...(isForOne ? forOneRun : []), `--max-old-space-size=${heapMb(memoryMb)}`, inBox.nodeShim]
       : ['python3', inBox.pythonShim]
   return ['/bin/sh', '-c', rewire, 'sh', ...argv]
 }

@@ -174,6 +174,15 @@ export class Pool {
     return { pool_idle: this.#idle.size, pool_blank: this.#blanks.size }
   }
 
+  /** Boxes at work; those that stand idle and have run nothing, or have; and those of both that get no time. */
+  count(state: 'running' | 'idle' | 'warm' | 'paused'): number {
+    if (state === 'running') return this.#all.size - this.#idle.size
+    let found = 0
+    for (const { warmKey, asleep } of this.#idle)
+      if (state === 'paused' ? asleep : (warmKey === undefined) === (state === 'idle')) found++
+    return found
+  }
+
   async close(): Promise<void> {
     this.#closed = true
     clearInterval(this.#sweeper)
@@ -231,6 +240,7 @@ export class Pool {
       if (this.#closed || !isWanted) return this.drop(sandbox)
       const usage = await sandbox.box.usage().catch(() => undefined)
       sandbox.cpuMs = usage?.cpuMs ?? 0
+      sandbox.disk = usage?.disk
       sandbox.memoryMb = usage?.memoryPeakMb ?? 0
       stock.sizeMb = sizeOf(sandbox)
       if (blankKey !== undefined) this.#blanks.set(sandbox, blankKey)

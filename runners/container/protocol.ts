@@ -26,6 +26,8 @@ export interface RunContext {
   id: string
   attempt: number
   traceparent: string | null
+  /** Spans are wanted. */
+  traced?: true
   env: Record<string, string>
 }
 
@@ -36,6 +38,8 @@ export interface DoneHeader {
   cause: Cause | null
   message: string | null
   stack: string | null
+  /** When the handler was called and when it was through, where spans are wanted: ms since the run came. */
+  guest?: [called: number, through: number]
   /** The process should take no other run. */
   worn?: true
   /** Of a call by HTTP whose response was not sent by `respond`. */

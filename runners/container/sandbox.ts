@@ -1,6 +1,6 @@
 /** A box with everything that was made for it, and is to go with it. */
 import type { Digest } from '../../shared/workload.ts'
-import type { Box, Network } from './engine.ts'
+import type { Box, Bytes, Network } from './engine.ts'
 import { Shim } from './handler.ts'
 
 export interface SandboxParts {
@@ -12,7 +12,8 @@ export interface SandboxParts {
   workspace: string | undefined
   /** All but the box; let go when that is gone. */
   held: AsyncDisposableStack
-  onClosed(): void
+  /** Nothing is left of it. `ms`: what that took. */
+  onClosed(ms: number): void
 }
 
 export class Sandbox {
@@ -29,12 +30,15 @@ export class Sandbox {
   programKey: string | undefined
   /** CPU time of it when the last run ended, in ms. */
   cpuMs = 0
+  /** Bytes of its disks and its network when the last run ended. */
+  disk: Bytes | undefined
+  traffic: Bytes | undefined
   /** Since `performance.now()` it has had nothing to do. */
   idleSince = 0
   /** Memory it holds at most while it is idle, in MiB. */
   memoryMb = 0
   readonly #held: AsyncDisposableStack
-  readonly #onClosed: () => void
+  readonly #onClosed: (ms: number) => void
   #closing: Promise<void> | undefined
   /** What was asked of freezing and thawing, one after the other. */
   #sleep: Promise<void> = Promise.resolve()
@@ -53,6 +57,10 @@ export class Sandbox {
   attach(): Shim {
     this.shim = new Shim(this.box, () => void this.kill())
     return this.shim
+  }
+
+  get asleep(): boolean {
+    return this.#asleep
   }
 
   get usable(): boolean {
@@ -80,10 +88,11 @@ export class Sandbox {
   /** Nothing of it is left when this settles. Never rejects; safe more than once. */
   close(): Promise<void> {
     this.#closing ??= (async () => {
+      const began = performance.now()
       await this.box.remove()
       // What is left of it is found by the next start.
       await this.#held.disposeAsync().catch(() => {})
-      this.#onClosed()
+      this.#onClosed(performance.now() - began)
     })()
     return this.#closing
   }

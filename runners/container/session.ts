@@ -1,8 +1,9 @@
 /** One job in a container, from the choice of its box to its outcome. */
 import { FrameError } from '../../shared/frames.ts'
 import { kinds, type Message } from '../../shared/guest.ts'
+import { preciseNow } from '../../shared/tracing.ts'
 import type { Cause, LogLine, MachineReceipt, Start, Usage } from '../../shared/workload.ts'
-import { nothingRan, round, timestamp } from '../guest/report.ts'
+import { nothingRan, round, timestamp, unknownUsage } from '../guest/report.ts'
 import { Traffic } from '../guest/traffic.ts'
 import {
   type Failed,
@@ -14,10 +15,12 @@ import {
 } from '../runner.ts'
 import { ArchiveError } from './archives.ts'
 import { type CommandEnd, runCommand } from './command.ts'
-import { BoxError, type Exit, ImageError } from './engine.ts'
+import { atLeast, since } from './disk.ts'
+import { BoxError, type Bytes, type Exit, ImageError } from './engine.ts'
 import { BuildFailed } from './go.ts'
 import type { Gone, Occupant } from './handler.ts'
 import { answered, type Entered, inputOf, problem } from './http-json.ts'
+import { Phases } from './phases.ts'
 import {
   blankKey,
   fitsBlank,
@@ -48,6 +51,7 @@ export class Attempt implements Prepared {
   readonly #workshop: Workshop
   readonly #pool: Pool
   readonly #job: Job
+  readonly #phases: Phases
   readonly #giveUp = new AbortController()
   readonly #seat: Promise<Seat>
   #ran = false
@@ -56,6 +60,7 @@ export class Attempt implements Prepared {
     this.#workshop = workshop
     this.#pool = pool
     this.#job = job
+    this.#phases = new Phases(job, workshop.metrics)
     this.#seat = this.#sit()
     // Told by `run`, if that is ever called.
     this.#seat.catch(() => {})
@@ -64,6 +69,15 @@ export class Attempt implements Prepared {
   async run(signal: AbortSignal, events: RunEvents): Promise<Outcome> {
     if (this.#ran) throw new Error('a job runs once')
     this.#ran = true
+    this.#phases.tell(events.onPhase)
+    try {
+      return await this.#toTheEnd(signal, events)
+    } finally {
+      this.#phases.close()
+    }
+  }
+
+  async #toTheEnd(signal: AbortSignal, events: RunEvents): Promise<Outcome> {
     const stopped = { status: 'stopped' as const, ...nothingRan }
     if (signal.aborted) {
       this.#leave()
@@ -82,6 +96,8 @@ export class Attempt implements Prepared {
     try {
       return await this.#run(seat, signal, events)
     } catch (error) {
+      if (error instanceof BoxError && error.fault === 'engine' && !signal.aborted)
+        this.#workshop.metrics?.sandboxFailed('start')
       await seat.sandbox.kill()
       this.#close(seat.sandbox)
       return signal.aborted ? stopped : failure(error)
@@ -113,14 +129,15 @@ export class Attempt implements Prepared {
   async #sit(): Promise<Seat> {
     const job = this.#job
     const route = routeOf(job)
+    const phases = this.#phases
     const signal = this.#giveUp.signal
     if (route.kind !== 'handler') {
-      const { sandbox, result } = await this.#workshop.command(route, job, signal)
+      const { sandbox, result } = await this.#workshop.command(route, job, signal, phases)
       this.#pool.add(sandbox)
       return { kind: 'command', sandbox, start: 'cold', result }
     }
     const own = typeof route.base !== 'string'
-    const image = own ? await this.#workshop.image(route.base, signal) : undefined
+    const image = own ? await this.#workshop.image(route.base, signal, phases) : undefined
     const key = warmKey(job, image?.digest)
     const found = this.#pool.takeWarm(key)
     if (found !== undefined && (await this.#wake(found))) {
@@ -135,8 +152,9 @@ export class Attempt implements Prepared {
     const made = await this.#workshop.handler(
       route,
       job,
-      image ?? (await this.#workshop.image(route.base, signal)),
+      image ?? (await this.#workshop.image(route.base, signal, phases)),
       signal,
+      { phases },
     )
     made.warmKey = key
     made.programKey = programKey(job)
@@ -157,7 +175,8 @@ export class Attempt implements Prepared {
     )
     if (blank === undefined) return undefined
     try {
-      const [fits, awake] = await Promise.all([this.#workshop.fill(blank, job), this.#wake(blank)])
+      const filling = this.#workshop.fill(blank, job, this.#phases)
+      const [fits, awake] = await Promise.all([filling, this.#wake(blank)])
       if (fits && awake) {
         blank.programKey = program
         return blank
@@ -227,7 +246,10 @@ export class Attempt implements Prepared {
       seat.kind === 'command'
         ? await this.#runCommand(seat, job, signal, events)
         : await this.#runHandler(seat, job, signal, events)
-    if (outcome.status !== 'failed' || denials === undefined) return outcome
+    if (outcome.status !== 'failed') return outcome
+    if (outcome.cause === 'oom') this.#workshop.metrics?.sandboxFailed('oom')
+    if (outcome.cause === 'runner_lost') this.#workshop.metrics?.sandboxFailed('lost')
+    if (denials === undefined) return outcome
     if (outcome.cause !== 'user_error' && outcome.cause !== 'exit_code') return outcome
     if ((await seat.sandbox.network!.denied().catch(() => denials)) <= denials) return outcome
     const policy = typeof job.egress === 'string' ? job.egress : JSON.stringify(job.egress)
@@ -253,6 +275,7 @@ export class Attempt implements Prepared {
         input: job.input,
         result,
         outputBytes: limit,
+        phases: this.#phases,
         onLine: (line) => {
           if (!signal.aborted) events.onLog(stamped(line))
         },
@@ -294,7 +317,8 @@ export class Attempt implements Prepared {
     const own = typeof route.base !== 'string'
     if (sandbox.shim === undefined) {
       const shim = sandbox.attach()
-      const starting = sandbox.box.start().then(() => shim.ready)
+      const start = () => sandbox.box.start().then(() => shim.ready)
+      const starting = this.#phases.measure('start handler', start)
       const ready = await orAborted(starting, signal)
       if (ready === 'stopped') {
         await sandbox.kill()
@@ -302,8 +326,9 @@ export class Attempt implements Prepared {
         return { status: 'stopped', ...nothingRan }
       }
     }
+    this.#phases.started(start)
     const call = new Call(sandbox, job, events, signal, own)
-    const { end, traffic } = await call.run(route)
+    const { end, traffic } = await call.run(route, this.#phases)
     const { usage, oom } = await this.#usage(sandbox)
     const ran = { usage, start, ...provenance(sandbox, start) }
     const outcome = this.#judge(end, job, ran, traffic, oom)
@@ -369,19 +394,28 @@ export class Attempt implements Prepared {
   /** Of the run that ended, and whether the kernel has killed in the box for want of memory. */
   async #usage(sandbox: Sandbox): Promise<{ usage: Usage; oom: boolean }> {
     try {
-      const { cpuMs, memoryPeakMb, oomKills = 0 } = await sandbox.box.usage()
+      const { cpuMs, memoryPeakMb, oomKills = 0, disk } = await sandbox.box.usage()
       const before = sandbox.cpuMs
+      const { disk: diskBefore, traffic: trafficBefore } = sandbox
+      sandbox.disk = atLeast(diskBefore, disk)
+      sandbox.traffic = sandbox.network === undefined ? nothingMoved : sandbox.network.traffic()
+      const onDisk = since(diskBefore, disk)
+      const onNetwork = since(trafficBefore, sandbox.traffic)
       sandbox.cpuMs = cpuMs ?? 0
       sandbox.memoryMb = memoryPeakMb ?? this.#job.limits.memory_mb
       return {
         usage: {
           cpu_ms: cpuMs === null ? null : round(Math.max(0, cpuMs - before)),
           memory_peak_mb: memoryPeakMb === null ? null : round(memoryPeakMb),
+          disk_read_bytes: onDisk?.in ?? null,
+          disk_written_bytes: onDisk?.out ?? null,
+          network_received_bytes: onNetwork?.in ?? null,
+          network_sent_bytes: onNetwork?.out ?? null,
         },
         oom: oomKills > 0,
       }
     } catch {
-      return { usage: nothingRan.usage, oom: false }
+      return { usage: unknownUsage, oom: false }
     }
   }
 
@@ -391,6 +425,8 @@ export class Attempt implements Prepared {
     void sandbox.close()
   }
 }
+
+const nothingMoved: Bytes = { in: 0, out: 0 }
 
 type Ran = { usage: Usage; start: Start } & ReturnType<typeof provenance>
 
@@ -411,6 +447,8 @@ class Call implements Occupant {
   readonly #traffic: Traffic
   #resolve: ((end: CallEnd) => void) | undefined
   #cancelled = false
+  /** When the run was sent, ms since the epoch: where the guest’s clock begins. */
+  #began = 0
   #grace: NodeJS.Timeout | undefined
 
   constructor(sandbox: Sandbox, job: Job, events: RunEvents, signal: AbortSignal, own: boolean) {
@@ -419,21 +457,29 @@ class Call implements Occupant {
     this.#events = events
     this.#signal = signal
     this.#own = own
-    this.#traffic = new Traffic(job, events, undefined, (kind, parts, number) =>
-      sandbox.shim!.post(kind, parts, number),
+    this.#traffic = new Traffic(
+      job,
+      events,
+      undefined,
+      (kind, parts, number) => sandbox.shim!.post(kind, parts, number),
+      (ms) => this.#began + ms,
     )
   }
 
-  async run({ entry, base }: HandlerRoute): Promise<{ end: CallEnd; traffic: Traffic }> {
-    const { id, attempt, traceparent, env, input, limits, workingDir } = this.#job
+  async run({ entry, base }: HandlerRoute, phases: Phases): Promise<{ end: CallEnd; traffic: Traffic }> {
+    const { id, attempt, traceparent, traced, env, input, limits, workingDir } = this.#job
     const traffic = this.#traffic
     const shim = this.#sandbox.shim!
     const neverReady = shim.gone !== undefined && shim.runs === 0
-    const ctx: RunContext = { id, attempt, traceparent: traceparent ?? null, env }
+    const ctx: RunContext = {
+      ...{ id, attempt, traceparent: traceparent ?? null, env },
+      ...(traced === true ? { traced } : {}),
+    }
     const ended = new Promise<CallEnd>((resolve) => {
       this.#resolve = resolve
     })
     const request = traffic.enter()
+    this.#began = preciseNow()
     shim.start(
       this,
       {
@@ -452,8 +498,25 @@ class Call implements Occupant {
     if (this.#signal.aborted) this.handleEvent()
     const end = await ended
     clearTimeout(this.#grace)
+    if (traced === true) phases.add({ name: 'guest', ...this.#inGuest(end) })
     if (end.kind === 'gone') return { end: { ...end, unready: this.#own && neverReady }, traffic }
     return { end, traffic }
+  }
+
+  /** From the handler’s call to its answer, as the guest says within the time of the run; where it says nothing, all of that. */
+  #inGuest(end: CallEnd): { start: number; end: number; error?: string } {
+    const start = this.#began
+    const now = preciseNow()
+    const { reason } = this.#signal
+    if (end.kind === 'stopped')
+      return { start, end: now, error: typeof reason === 'string' ? reason : 'stopped' }
+    if (end.kind === 'gone') return { start, end: now, error: 'the sandbox ended' }
+    const { guest, status, cause } = end.header
+    const failed = status === 'failed' ? { error: String(cause) } : {}
+    if (guest === undefined) return { start, end: now, ...failed }
+    const [called, through] = guest
+    const at = Math.min(Math.max(start, start + called), now)
+    return { start: at, end: Math.min(Math.max(at, start + through), now), ...failed }
   }
 
   /** An `AbortSignal` calls this when it is aborted. */

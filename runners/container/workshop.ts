@@ -3,13 +3,27 @@ import { createHash } from 'node:crypto'
 import { mkdir, open } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { join } from 'node:path'
+import { preciseNow } from '../../shared/tracing.ts'
 import type { Digest } from '../../shared/workload.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import type { Job, Program } from '../runner.ts'
 import { Archives, linkInto, writeCode } from './archives.ts'
-import type { BoxSpec, Engine, Image, ImageStore, Mount, Network, Networks } from './engine.ts'
+import {
+  type Box,
+  BoxError,
+  type BoxSpec,
+  type Engine,
+  type Image,
+  type ImageStore,
+  type Mount,
+  type Network,
+  type Networks,
+} from './engine.ts'
 import type { OwnFiles } from './files.ts'
 import { type BuildTools, GoBuilds } from './go.ts'
+import type { Shim } from './handler.ts'
 import { Turns } from './images/flights.ts'
+import { type Phases, unmeasured } from './phases.ts'
 import {
   type Base,
   boxLimits,
@@ -44,6 +58,15 @@ export interface WorkshopOptions {
   cacheDir: string
   /** What unpacked archives, and built programs, may take on disk each, MiB. */
   budgetMb: number
+  metrics?: RunnerMetrics | undefined
+}
+
+/** How a box for a job is made. */
+interface Making {
+  /** Who measures it. */
+  phases?: Phases
+  /** It has time, and is to be quick when its first run comes. */
+  ahead?: boolean
 }
 
 type HandlerRoute = Extract<Route, { kind: 'handler' }>
@@ -63,6 +86,8 @@ const maxAccountBytes = 1_048_576
 const maxLinked = 1_000
 /** Boxes made at the same time: each takes a core for a while, and more of them only make each other late. */
 const makingAtOnce = Math.max(4, 2 * availableParallelism())
+/** A turn that came later than after so many ms was waited for. */
+const waitedMs = 5
 /** A shim that is not ready after so many ms is given up. */
 const readyMs = 30_000
 
@@ -88,6 +113,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
     this.#shims = shims
     this.#nothing = nothing
     this.#archives = new Archives(join(options.files.path, 'archives'), options.budgetMb)
+    options.metrics?.cache('archives', () => this.#archives.bytes)
     this.#go = new GoBuilds(this, join(options.cacheDir, 'go'), options.budgetMb)
   }
 
@@ -107,16 +133,20 @@ export class Workshop implements AsyncDisposable, BuildTools {
     return new Workshop(options, shims, nothing)
   }
 
+  get metrics(): RunnerMetrics | undefined {
+    return this.#options.metrics
+  }
+
   get files(): OwnFiles {
     return this.#options.files
   }
 
   /** The image of a base. Throws `ImageError` or `Unavailable`. */
-  async image(base: Base, signal: AbortSignal): Promise<Image> {
-    if (typeof base !== 'string') return await this.#options.images.get(base, signal)
+  async image(base: Base, signal: AbortSignal, phases = unmeasured): Promise<Image> {
+    if (typeof base !== 'string') return await this.#options.images.get(base, signal, phases)
     const image = await this.#runtime(base)
     // The runner’s own hold on it outlives this one.
-    return { ...imageParts(image), root: () => image.root(), [Symbol.dispose]() {} }
+    return { ...imageParts(image), root: (phases) => image.root(phases), [Symbol.dispose]() {} }
   }
 
   #runtime(name: RuntimeName): Promise<Image> {
@@ -146,13 +176,13 @@ export class Workshop implements AsyncDisposable, BuildTools {
   }
 
   /** The path of the program built from Go source. */
-  buildGo(program: Program, entry: string | null, signal: AbortSignal): Promise<string> {
-    return this.#go.get(program, entry, signal)
+  buildGo(program: Program, entry: string | null, signal: AbortSignal, phases?: Phases): Promise<string> {
+    return this.#go.get(program, entry, signal, phases)
   }
 
-  async user(image: Image, text: string): Promise<FoundUser> {
+  async user(image: Image, text: string, phases = unmeasured): Promise<FoundUser> {
     if (!needsFiles(text)) return findUser(text, '', '')
-    const root = await image.root()
+    const root = await image.root(phases)
     const [passwd = '', group = ''] = await Promise.all([
       readInRoot(root, '/etc/passwd', maxAccountBytes),
       readInRoot(root, '/etc/group', maxAccountBytes),
@@ -161,7 +191,11 @@ export class Workshop implements AsyncDisposable, BuildTools {
   }
 
   /** The directory with a source’s files; undefined where it is an image. */
-  async source(program: Program, held: AsyncDisposableStack): Promise<string | undefined> {
+  async source(
+    program: Program,
+    held: AsyncDisposableStack,
+    phases = unmeasured,
+  ): Promise<string | undefined> {
     const { source } = program
     switch (source.kind) {
       case 'code': {
@@ -170,7 +204,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
         return dir.path
       }
       case 'archive':
-        return held.use(await this.#archives.get(source)).path
+        return held.use(await this.#archives.get(source, phases)).path
       case 'image':
       case 'image-archive':
         return undefined
@@ -179,31 +213,42 @@ export class Workshop implements AsyncDisposable, BuildTools {
     }
   }
 
-  async network(job: Job, signal: AbortSignal, held: AsyncDisposableStack): Promise<Network | undefined> {
+  async network(
+    job: Job,
+    signal: AbortSignal,
+    held: AsyncDisposableStack,
+    phases: Phases,
+  ): Promise<Network | undefined> {
     const { egress } = job
     if (egress === 'none') return undefined
     const { networks, whyNoNetworks } = this.#options
     if (networks === undefined)
       throw new Unavailable(`network.egress is not to be had on this host: ${whyNoNetworks}`)
-    return held.use(await networks.open(egress, signal))
+    return held.use(await phases.measure('open network', () => networks.open(egress, signal)))
   }
 
   /** A box that runs a command; not started. `result` is the file for its result. */
-  command(route: CommandRoute, job: Job, signal: AbortSignal): Promise<{ sandbox: Sandbox; result: string }> {
-    return this.#tracked((either) => this.#command(route, job, either), signal)
+  command(
+    route: CommandRoute,
+    job: Job,
+    signal: AbortSignal,
+    phases = unmeasured,
+  ): Promise<{ sandbox: Sandbox; result: string }> {
+    return this.#tracked((either) => this.#command(route, job, either, phases), signal)
   }
 
   async #command(
     route: CommandRoute,
     job: Job,
     signal: AbortSignal,
+    phases: Phases,
   ): Promise<{ sandbox: Sandbox; result: string }> {
     await using held = new AsyncDisposableStack()
     const isGo = route.kind === 'go'
-    const program = isGo ? await this.buildGo(job, route.entry, signal) : undefined
-    const image = held.use(await this.image(isGo ? 'base' : route.base, signal))
-    const user = await this.user(image, job.user ?? image.config.user)
-    const files = await this.source(job, held)
+    const program = isGo ? await this.buildGo(job, route.entry, signal, phases) : undefined
+    const image = held.use(await this.image(isGo ? 'base' : route.base, signal, phases))
+    const user = await this.user(image, job.user ?? image.config.user, phases)
+    const files = await this.source(job, held, phases)
     const dir = held.use(await this.files.makeDirectory())
     const result = join(dir.path, 'result')
     await using file = await open(result, 'wx')
@@ -220,17 +265,21 @@ export class Workshop implements AsyncDisposable, BuildTools {
       user,
       mounts,
       limits: boxLimits(job.limits, 'command'),
-      network: await this.network(job, signal, held),
+      network: await this.network(job, signal, held, phases),
+      phases,
     })
     return { sandbox, result }
   }
 
-  /**
-   * A box with a shim for this job; started where nothing of the user’s runs by that. `ahead`: it has time, and is to
-   * be quick when its first run comes.
-   */
-  handler(route: HandlerRoute, job: Job, image: Image, signal: AbortSignal, ahead = false): Promise<Sandbox> {
-    return this.#tracked((either) => this.#handler(route, job, image, either, ahead), signal)
+  /** A box with a shim for this job; started where nothing of the user’s runs by that. */
+  handler(
+    route: HandlerRoute,
+    job: Job,
+    image: Image,
+    signal: AbortSignal,
+    making: Making = {},
+  ): Promise<Sandbox> {
+    return this.#tracked((either) => this.#handler(route, job, image, either, making), signal)
   }
 
   async #handler(
@@ -238,19 +287,20 @@ export class Workshop implements AsyncDisposable, BuildTools {
     job: Job,
     image: Image,
     signal: AbortSignal,
-    ahead: boolean,
+    { phases = unmeasured, ahead = false }: Making,
   ): Promise<Sandbox> {
     await using held = new AsyncDisposableStack()
     held.use(image)
     const { language } = route
     const isReady = this.engine.resumes === true && typeof route.base === 'string' && fitsReady(job)
-    const user = await this.user(image, job.user ?? image.config.user)
-    const files = await this.source(job, held)
+    const user = await this.user(image, job.user ?? image.config.user, phases)
+    const files = await this.source(job, held, phases)
     if (isReady) {
-      const network = await this.network(job, signal, held)
-      const sandbox = await this.#ready(held, language, job.limits, image, network)
+      const network = await this.network(job, signal, held, phases)
+      const sandbox = await this.#ready(held, language, job.limits, image, network, phases)
       if (ahead) await this.#limber(sandbox, language)
-      await orClosed(sandbox, () => sandbox.box.provide!(files!, inBox.workspace))
+      const provide = () => sandbox.box.provide!(files!, inBox.workspace)
+      await orClosed(sandbox, () => phases.measure('mount files', provide))
       return sandbox
     }
     const mounts = [this.#shimMount(language)]
@@ -263,9 +313,10 @@ export class Workshop implements AsyncDisposable, BuildTools {
       user,
       mounts,
       limits: boxLimits(job.limits, 'handler'),
-      network: await this.network(job, signal, held),
+      network: await this.network(job, signal, held, phases),
+      phases,
     })
-    if (typeof route.base === 'string') await startShim(sandbox)
+    if (typeof route.base === 'string') await this.#start(sandbox, phases)
     return sandbox
   }
 
@@ -277,7 +328,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
   async #blank(language: 'node' | 'python', limits: Program['limits'], signal: AbortSignal) {
     await using held = new AsyncDisposableStack()
     const image = held.use(await this.image(language, signal))
-    const sandbox = await this.#ready(held, language, limits, image, undefined)
+    const sandbox = await this.#ready(held, language, limits, image, undefined, unmeasured)
     await this.#limber(sandbox, language)
     return sandbox
   }
@@ -301,17 +352,19 @@ export class Workshop implements AsyncDisposable, BuildTools {
     limits: Program['limits'],
     image: Image,
     network: Network | undefined,
+    phases: Phases,
   ): Promise<Sandbox> {
-    const user = await this.user(image, image.config.user)
+    const user = await this.user(image, image.config.user, phases)
     const spec: BoxSpec = {
       image,
-      argv: shimArgv(language, limits.memory_mb),
+      argv: shimArgv(language, limits.memory_mb, this.engine.resumes === true),
       env: handlerEnv(image.config, user.home),
       cwd: inBox.workspace,
       user,
       mounts: [this.#shimMount(language)],
       limits: boxLimits(limits, 'handler'),
       network,
+      phases,
     }
     let workspace: string | undefined
     if (this.engine.resumes === true) {
@@ -323,33 +376,48 @@ export class Workshop implements AsyncDisposable, BuildTools {
       spec.mounts.push({ source: workspace, target: inBox.workspace, readonly: true })
     }
     const sandbox = await this.#make(held, spec, workspace)
-    await startShim(sandbox)
+    await this.#start(sandbox, phases)
     return sandbox
   }
 
-  /** Puts a program’s files into a blank box; false where they are too many for that. */
-  fill(sandbox: Sandbox, program: Program): Promise<boolean> {
-    return this.#tracked(() => this.#fill(sandbox, program))
+  /** Starts a box whose process is a shim of ours on an image of ours. Throws where that does not come up. */
+  async #start(sandbox: Sandbox, phases: Phases): Promise<void> {
+    const shim = sandbox.attach()
+    if (sandbox.box.resumed === true) return
+    try {
+      await phases.measure('start handler', () => startShim(sandbox, shim))
+    } catch (error) {
+      this.metrics?.sandboxFailed(error instanceof TooSmall ? 'oom' : 'start')
+      await sandbox.close()
+      throw error
+    }
   }
 
-  async #fill(sandbox: Sandbox, program: Program): Promise<boolean> {
+  /** Puts a program’s files into a blank box; false where they are too many for that. */
+  fill(sandbox: Sandbox, program: Program, phases = unmeasured): Promise<boolean> {
+    return this.#tracked(() => this.#fill(sandbox, program, phases))
+  }
+
+  async #fill(sandbox: Sandbox, program: Program, phases: Phases): Promise<boolean> {
     const { source } = program
-    if (sandbox.box.provide !== undefined) {
+    const { box } = sandbox
+    const mount = (work: () => Promise<void>) => phases.measure('mount files', work)
+    if (box.provide !== undefined) {
       await using held = new AsyncDisposableStack()
-      const files = await this.source(program, held)
-      if (files !== undefined) await sandbox.box.provide(files, inBox.workspace)
+      const files = await this.source(program, held, phases)
+      if (files !== undefined) await mount(() => box.provide!(files, inBox.workspace))
       return files !== undefined
     }
     const dir = sandbox.workspace
     if (dir === undefined) throw new Error('a box that is not blank')
     if (source.kind === 'code') {
-      await writeCode(dir, codeFile(program), source.text)
+      await mount(() => writeCode(dir, codeFile(program), source.text))
       return true
     }
     if (source.kind !== 'archive') return false
-    using archive = await this.#archives.get(source)
+    using archive = await this.#archives.get(source, phases)
     if (archive.entries > maxLinked) return false
-    await linkInto(archive.path, dir)
+    await mount(() => linkInto(archive.path, dir))
     return true
   }
 
@@ -360,7 +428,12 @@ export class Workshop implements AsyncDisposable, BuildTools {
 
   async #make(held: AsyncDisposableStack, spec: BoxSpec, workspace?: string): Promise<Sandbox> {
     this.#stop.signal.throwIfAborted()
-    const box = await this.#turns.take(() => this.engine.create(spec))
+    const asked = preciseNow()
+    const box = await this.#turns.take(() => {
+      // Else each box would tell of a wait that was none.
+      if (preciseNow() - asked >= waitedMs) spec.phases?.done('wait for sandbox', asked)
+      return this.#create(spec)
+    })
     const { network, image } = spec
     // From here on the box owns what it stands on.
     const sandbox: Sandbox = new Sandbox({
@@ -369,10 +442,22 @@ export class Workshop implements AsyncDisposable, BuildTools {
       imageDigest: image.digest,
       workspace,
       held: held.move(),
-      onClosed: () => this.#sandboxes.delete(sandbox),
+      onClosed: (ms) => {
+        this.metrics?.cleanedUp(ms / 1_000)
+        this.#sandboxes.delete(sandbox)
+      },
     })
     this.#sandboxes.add(sandbox)
     return sandbox
+  }
+
+  async #create(spec: BoxSpec): Promise<Box> {
+    try {
+      return await this.engine.create(spec)
+    } catch (error) {
+      if (error instanceof BoxError && error.fault === 'engine') this.metrics?.sandboxFailed('create')
+      throw error
+    }
   }
 
   /** What is being made when the runner ends is waited for, and taken away with the rest. */
@@ -423,21 +508,13 @@ async function orClosed(sandbox: Sandbox, work: () => Promise<void>): Promise<vo
   }
 }
 
-/** Starts a box whose process is a shim of ours on an image of ours. Throws where that does not come up. */
-async function startShim(sandbox: Sandbox): Promise<void> {
-  const shim = sandbox.attach()
-  if (sandbox.box.resumed === true) return
-  try {
-    await sandbox.box.start()
-    const timer = setTimeout(() => void sandbox.kill(), readyMs)
-    const ready = await shim.ready.finally(() => clearTimeout(timer))
-    if (ready) return
-  } catch (error) {
-    await sandbox.close()
-    throw error
-  }
+/** Throws where it does not come up. */
+async function startShim(sandbox: Sandbox, shim: Shim): Promise<void> {
+  await sandbox.box.start()
+  const timer = setTimeout(() => void sandbox.kill(), readyMs)
+  const ready = await shim.ready.finally(() => clearTimeout(timer))
+  if (ready) return
   const { exit, stderr } = shim.gone!
-  await sandbox.close()
   if (exit.oom || memorySpent(stderr)) throw new TooSmall()
   throw new Unavailable(
     `the runtime did not start (exit code ${exit.code})${stderr === '' ? '' : `: ${stderr.slice(-500)}`}`,

@@ -7,14 +7,18 @@ import { finished } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { writeJobDrive } from '../../rootfs/index.ts'
 import type { MachineNetwork, MountSpec } from '../../shared/machine.ts'
+import { atLeast, diskOfProcesses, since } from '../container/disk.ts'
 import {
   type Box,
   BoxError,
   type BoxLimits,
   type BoxSpec,
   type BoxUsage,
+  type Bytes,
   type Exit,
+  type Mount,
 } from '../container/engine.ts'
+import { unmeasured } from '../container/phases.ts'
 import { AgentFailed, Channel, type ProcessEnd } from './channel.ts'
 import { jobDriveBytes, type Machine } from './driver.ts'
 import { smallTree } from './small-tree.ts'
@@ -83,6 +87,9 @@ export class MicrovmBox implements Box {
   #state: 'made' | 'running' | 'ended' = 'made'
   #limits: BoxLimits
   #usage: BoxUsage = { cpuMs: null, memoryPeakMb: null }
+  /** Bytes that its VMM had read and written before the box was made, and has by now. */
+  #earlierDisk: Bytes | undefined
+  #disk: Bytes | undefined
   /** Descriptor of the file that the result is written to, and where that is in the machine. */
   #result: number | undefined
   #resultTarget: string | null = null
@@ -132,31 +139,38 @@ export class MicrovmBox implements Box {
     const { left, spec } = this.#parts
     try {
       if (left === undefined) await inTime(this.#channel.ready, bootMs, 'its agent')
-      const mounts: MountSpec[] = []
-      const onDrive: { source: string; path: string }[] = []
-      const puts: (() => void)[] = []
-      if (!this.resumed)
-        for (const [i, { source, target, readonly }] of spec.mounts.entries()) {
-          if (!readonly) {
-            if (this.#result !== undefined) throw new Error('a machine gives one file back')
-            this.#result = openSync(source, constants.O_WRONLY | constants.O_NOFOLLOW)
-            this.#resultTarget = target
-            continue
-          }
-          const small = await smallTree(source, target)
-          if (small !== undefined) puts.push(() => this.#put(small))
-          else {
-            onDrive.push({ source, path: String(i) })
-            mounts.push({ path: String(i), target })
-          }
-        }
-      if (onDrive.length > 0) await this.#fillDrive(onDrive)
-      await inTime(this.#configure(mounts), answerMs, 'its configuration')
-      for (const put of puts) put()
-      if (puts.length > 0) await inTime(this.#channel.ping(), answerMs, 'its files')
+      const { phases = unmeasured, mounts } = spec
+      const furnish = () => this.#furnish(this.resumed ? [] : mounts)
+      if (this.resumed || mounts.length === 0) await furnish()
+      else await phases.measure('mount files', furnish)
     } catch (error) {
       throw await this.#explained(error)
     }
+    this.#earlierDisk = diskOfProcesses([this.#machine.pid])
+  }
+
+  async #furnish(wanted: readonly Mount[]): Promise<void> {
+    const mounts: MountSpec[] = []
+    const onDrive: { source: string; path: string }[] = []
+    const puts: (() => void)[] = []
+    for (const [i, { source, target, readonly }] of wanted.entries()) {
+      if (!readonly) {
+        if (this.#result !== undefined) throw new Error('a machine gives one file back')
+        this.#result = openSync(source, constants.O_WRONLY | constants.O_NOFOLLOW)
+        this.#resultTarget = target
+        continue
+      }
+      const small = await smallTree(source, target)
+      if (small !== undefined) puts.push(() => this.#put(small))
+      else {
+        onDrive.push({ source, path: String(i) })
+        mounts.push({ path: String(i), target })
+      }
+    }
+    if (onDrive.length > 0) await this.#fillDrive(onDrive)
+    await inTime(this.#configure(mounts), answerMs, 'its configuration')
+    for (const put of puts) put()
+    if (puts.length > 0) await inTime(this.#channel.ping(), answerMs, 'its files')
   }
 
   async start(): Promise<void> {
@@ -229,6 +243,11 @@ export class MicrovmBox implements Box {
 
   /** Of its process, where it answers; else of the whole machine. */
   async usage(): Promise<BoxUsage> {
+    const usage = await this.#askUsage()
+    return { ...usage, disk: since(this.#earlierDisk, this.#disk) }
+  }
+
+  async #askUsage(): Promise<BoxUsage> {
     if (this.#state === 'ended' || this.#frozen || this.#killing !== undefined) return this.#usage
     try {
       const asked = performance.now()
@@ -371,10 +390,16 @@ export class MicrovmBox implements Box {
 
   #note(cpuMs: number, memoryPeakMb: number, oomKills: number): void {
     this.#usage = { cpuMs: Math.max(0, cpuMs - this.#earlierMs), memoryPeakMb, oomKills }
+    this.#noteDisk()
+  }
+
+  #noteDisk(): void {
+    this.#disk = atLeast(this.#disk, diskOfProcesses([this.#machine.pid]))
   }
 
   /** Keeps what is known of memory: that of the VMM is another. */
   async #askMachine(): Promise<void> {
+    this.#noteDisk()
     const asked = this.#machine.usage().then(({ cpuMs }) => {
       this.#usage = { ...this.#usage, cpuMs: Math.max(this.#usage.cpuMs ?? 0, cpuMs) }
     })

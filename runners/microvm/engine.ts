@@ -6,7 +6,10 @@ import { driveOf } from '../../rootfs/index.ts'
 import type { LimitReport } from '../../shared/backends.ts'
 import type { MachineNetwork } from '../../shared/machine.ts'
 import { machineProtocol } from '../../shared/machine.ts'
+import { preciseNow } from '../../shared/tracing.ts'
 import { type Box, BoxError, type BoxSpec, type Engine } from '../container/engine.ts'
+import { unmeasured } from '../container/phases.ts'
+import type { RunnerMetrics } from '../metrics.ts'
 import { MicrovmBox, watchMs } from './box.ts'
 import { machineMemoryMb, machineVcpus } from './classes.ts'
 import { type Driver, jobDriveBytes, type MachineShape } from './driver.ts'
@@ -26,6 +29,7 @@ export interface MicrovmEngineOptions {
   budgetMb: number
   /** False: every machine is started from its kernel. */
   snapshots: boolean
+  metrics?: RunnerMetrics | undefined
 }
 
 export class MicrovmEngine implements Engine {
@@ -60,8 +64,9 @@ export class MicrovmEngine implements Engine {
   }
 
   private constructor(options: MicrovmEngineOptions, templates: Templates, identity: unknown) {
-    const { driver } = options
+    const { driver, metrics } = options
     this.#options = options
+    metrics?.cache('templates', () => templates.bytes)
     this.#templates = templates
     this.#identity = identity
     this.resumes = options.snapshots
@@ -98,7 +103,10 @@ export class MicrovmEngine implements Engine {
     if (!this.resumes) return await this.#begin(spec, shape)
     const key = this.#keyOf(spec, shape)
     for (const isLast of [false, true]) {
+      const asked = preciseNow()
       const kept = await this.#templates.get(key, (dir) => this.#make(spec, shape, dir))
+      this.#options.metrics?.templateAsked(kept.fresh ? 'miss' : 'hit')
+      if (kept.fresh) spec.phases?.done('boot machine', asked, () => ({ 'vulcan.machine.template': 'made' }))
       try {
         return await this.#begin(spec, shape, kept)
       } catch (error) {
@@ -110,11 +118,19 @@ export class MicrovmEngine implements Engine {
     throw new Error('unreachable')
   }
 
-  async #shapeOf({ image, limits, network }: BoxSpec): Promise<MachineShape> {
+  async #shapeOf({ image, limits, network, phases = unmeasured }: BoxSpec): Promise<MachineShape> {
     const { driver, parts, cacheDir } = this.#options
+    const asked = preciseNow()
+    let isNew = false
+    const unpacked = () => {
+      isNew = true
+      return image.root()
+    }
+    const root = await driveOf({ digest: image.digest, root: unpacked }, driver.rootFormat, cacheDir)
+    if (isNew) phases.done('unpack image', asked)
     return {
       ...parts,
-      root: await driveOf(image, driver.rootFormat, cacheDir),
+      root,
       memoryMb: machineMemoryMb(limits.memoryMb),
       vcpus: machineVcpus(limits.cpu, availableParallelism()),
       network: network !== undefined,
@@ -134,7 +150,8 @@ export class MicrovmEngine implements Engine {
   /** Boots a machine, brings it where others are to begin, and writes it down. */
   async #make(spec: BoxSpec, shape: MachineShape, dir: string): Promise<Left> {
     const { template } = spec
-    const bare = { ...spec, network: undefined, ...(template === undefined ? { mounts: [] } : {}) }
+    const { phases: _, ...rest } = spec
+    const bare = { ...rest, network: undefined, ...(template === undefined ? { mounts: [] } : {}) }
     const box = await this.#begin(bare, shape, undefined, true)
     try {
       await template?.exercise(box)
@@ -151,7 +168,20 @@ export class MicrovmEngine implements Engine {
     kept?: { dir: string; left: Left; fresh: boolean },
     isTemplate = false,
   ): Promise<MicrovmBox> {
-    const { driver, dir: base, owner } = this.#options
+    const { phases = unmeasured } = spec
+    const begin = () => this.#beginNow(spec, shape, kept, isTemplate)
+    return await phases.measure(kept === undefined ? 'boot machine' : 'restore machine', begin, () => ({
+      'vulcan.machine.vmm': this.#options.driver.version,
+    }))
+  }
+
+  async #beginNow(
+    spec: BoxSpec,
+    shape: MachineShape,
+    kept: { dir: string; left: Left; fresh: boolean } | undefined,
+    isTemplate: boolean,
+  ): Promise<MicrovmBox> {
+    const { driver, dir: base, owner, metrics } = this.#options
     const id = `b${++this.#made}`
     const dir = join(base, 'boxes', id)
     const jobDrive = join(dir, 'job')
@@ -182,13 +212,19 @@ export class MicrovmEngine implements Engine {
           this.#boxes.delete(made)
           this.#medians.add('cleanup_ms', ms)
         },
-        onRoundTrip: (ms) => this.#medians.add('round_trip_ms', ms),
+        onRoundTrip: (ms) => {
+          this.#medians.add('round_trip_ms', ms)
+          metrics?.channelRoundTrip(ms / 1_000)
+        },
       })
       box = made
       this.#boxes.add(box)
       await box.prepare()
       this.#total[kept === undefined ? 'machines_booted' : 'machines_restored']++
-      this.#medians.add(kept === undefined ? 'boot_ms' : 'restore_ms', performance.now() - began)
+      const ms = performance.now() - began
+      this.#medians.add(kept === undefined ? 'boot_ms' : 'restore_ms', ms)
+      if (kept === undefined) metrics?.machineBooted(ms / 1_000)
+      else metrics?.machineRestored(ms / 1_000)
       if (this.#closed !== undefined) throw new BoxError('engine', 'the engine is closed')
       return box
     } catch (error) {

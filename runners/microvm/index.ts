@@ -85,6 +85,7 @@ export async function createMicrovmRunner(options: MicrovmOptions): Promise<Runn
     budgetMb: diskBudgetMb,
     slots: options.slots,
     pool,
+    metrics: options.metrics,
   })
 }
 
@@ -105,6 +106,7 @@ const openImages = (options: MicrovmOptions): Promise<ImageStore> => {
     imageDirectories: [...imageDirectories, join(cacheDir, 'runtimes')],
     ...(registryAuthFile === undefined ? {} : { authFile: registryAuthFile }),
     budgetMb: diskBudgetMb,
+    metrics: options.metrics,
   })
 }
 
@@ -136,7 +138,7 @@ async function openEngine(
 async function openOver(
   driver: Driver,
   { owner, stateDir }: DriverOptions,
-  { cacheDir, diskBudgetMb, snapshots }: MicrovmOptions,
+  { cacheDir, diskBudgetMb, snapshots, metrics }: MicrovmOptions,
   image: Image,
 ): Promise<MicrovmEngine> {
   await using scope = new AsyncDisposableStack()
@@ -144,7 +146,7 @@ async function openOver(
   const parts = await findMachineParts(cacheDir, { kernelFormat: driver.kernelFormat })
   if (parts === undefined) throw new Missing('there is no kernel for machines yet')
   const engine = await MicrovmEngine.open({
-    ...{ driver, parts, owner, cacheDir, snapshots, dir: join(stateDir, owner) },
+    ...{ driver, parts, owner, cacheDir, snapshots, metrics, dir: join(stateDir, owner) },
     budgetMb: Math.min(maxShareMb, Math.ceil(diskBudgetMb * shareOfBudget)),
   })
   await using trial = new AsyncDisposableStack()

@@ -41,6 +41,8 @@ export class Templates {
   readonly #budgetBytes: number
   readonly #locks: Locks
   readonly #making = new Map<string, Promise<Kept>>()
+  /** Of disk, of all that were here when that was last looked at. */
+  bytes = 0
   #count = 0
 
   private constructor(dir: string, budgetMb: number) {
@@ -55,7 +57,9 @@ export class Templates {
     for (const name of await readdir(dir))
       if (name.startsWith('.') && !isAlive(name.slice(1)))
         await rm(join(dir, name), { recursive: true, force: true })
-    return new Templates(dir, budgetMb)
+    const templates = new Templates(dir, budgetMb)
+    await templates.#look()
+    return templates
   }
 
   /** The key of what is made alike. */
@@ -116,8 +120,7 @@ export class Templates {
     }
   }
 
-  /** By age, and within the budget: those used longest ago first. */
-  async #evict(): Promise<void> {
+  async #look(): Promise<{ dir: string; ageMs: number; size: number }[]> {
     const names = (await readdir(this.#dir)).filter((name) => /^[0-9a-f]{40}$/.test(name))
     const all = await Promise.all(
       names.map(async (name) => {
@@ -126,12 +129,18 @@ export class Templates {
         return { dir, ageMs: Date.now() - mtimeMs, size: await sizeOf(join(dir, 'machine')) }
       }),
     )
+    this.bytes = all.reduce((sum, { size }) => sum + size, 0)
+    return all
+  }
+
+  /** By age, and within the budget: those used longest ago first. */
+  async #evict(): Promise<void> {
+    const all = await this.#look()
     all.sort((a, b) => b.ageMs - a.ageMs)
-    let total = all.reduce((sum, { size }) => sum + size, 0)
     for (const { dir, ageMs, size } of all) {
-      if (ageMs < recentMs || (ageMs < unusedMs && total <= this.#budgetBytes)) continue
+      if (ageMs < recentMs || (ageMs < unusedMs && this.bytes <= this.#budgetBytes)) continue
       await rm(dir, { recursive: true, force: true })
-      total -= size
+      this.bytes -= size
     }
   }
 }

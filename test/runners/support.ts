@@ -1,5 +1,6 @@
 /** A runner that does what a test says, in this process, behind a real consume loop. */
 import pino from 'pino'
+import { nothingRan } from '../../runners/guest/report.ts'
 import type { Capabilities, Job, Outcome, Prepared, RunEvents, Runner } from '../../runners/runner.ts'
 import { runWorker, type WorkerOptions } from '../../runners/worker.ts'
 import { Blobs } from '../../shared/blobs.ts'
@@ -11,7 +12,7 @@ import { SecretBox, Secrets } from '../../shared/secrets.ts'
 import type { Cause, Isolation, LogLine } from '../../shared/workload.ts'
 import type { Ground } from '../shared/support.ts'
 
-const ran = { usage: { cpu_ms: null, memory_peak_mb: null }, start: 'warm' as const }
+const ran = { ...nothingRan, start: 'warm' as const }
 
 export const completed = (value: unknown = null): Outcome => ({
   status: 'completed',
@@ -54,6 +55,7 @@ export type Code = (
   signal: AbortSignal,
   log: (line: LogLine) => void,
   respond: RunEvents['respond'],
+  onPhase: RunEvents['onPhase'],
 ) => Outcome | Promise<Outcome>
 
 export const capabilities: Capabilities = {
@@ -93,7 +95,8 @@ export function fakeRunner(code: Code, isolation: Isolation = 'isolate'): FakeRu
         async run(signal, events) {
           if (signal.aborted) return stopped
           runner.ran.push(job)
-          return await code(job, AbortSignal.any([signal, quitting.signal]), events.onLog, events.respond)
+          const both = AbortSignal.any([signal, quitting.signal])
+          return await code(job, both, events.onLog, events.respond, events.onPhase)
         },
         release() {
           runner.released++

@@ -3,7 +3,8 @@ import { readFileSync } from 'node:fs'
 import type { Readable, Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Container } from 'dockerode'
-import { type Box, BoxError, type BoxLimits, type BoxUsage, type Exit } from '../engine.ts'
+import { atLeast } from '../disk.ts'
+import { type Box, BoxError, type BoxLimits, type BoxUsage, type Bytes, type Exit } from '../engine.ts'
 import { type Api, ApiError } from './api.ts'
 import { openStreams, type Streams } from './attach.ts'
 import { type ContainerCgroup, type Counters, type Groups, groupsOf } from './cgroup.ts'
@@ -47,6 +48,7 @@ export interface Made {
 interface Statistics {
   cpu_stats?: { cpu_usage?: { total_usage?: number }; throttling_data?: { throttled_periods?: number } }
   memory_stats?: { max_usage?: number }
+  blkio_stats?: { io_service_bytes_recursive?: { op?: string; value?: number }[] | null }
 }
 
 /** Attaches to a container that was not started. Throws `BoxError`. */
@@ -274,13 +276,14 @@ export class DockerBox implements Box {
       cpuMs,
       memoryPeakMb: memoryPeakMb === null ? null : Math.min(memoryPeakMb, this.#limits.memoryMb),
       oomKills: this.#counters?.oomKills ?? (this.#knownLack() ? 1 : 0),
+      disk: this.#counters?.disk,
     }
   }
 
   /** Asks the engine, where the counters themselves are out of sight. */
   async #ask(): Promise<void> {
     try {
-      const { cpu_stats, memory_stats } = await this.#statistics()
+      const { cpu_stats, memory_stats, blkio_stats } = await this.#statistics()
       const ns = cpu_stats?.cpu_usage?.total_usage
       if (ns === undefined) return
       const peak = memory_stats?.max_usage
@@ -289,6 +292,7 @@ export class DockerBox implements Box {
         memoryPeakMb: peak === undefined ? null : peak / 2 ** 20,
         oomKills: this.#knownLack() ? 1 : 0,
         throttled: 0,
+        disk: readBlkio(blkio_stats?.io_service_bytes_recursive),
       }
     } catch {
       // Then nobody knows.
@@ -316,7 +320,9 @@ export class DockerBox implements Box {
   }
 
   #sample(): void {
-    this.#counters = this.#cgroup?.read() ?? this.#counters
+    const counters = this.#cgroup?.read()
+    if (counters === undefined) return
+    this.#counters = { ...counters, disk: atLeast(this.#counters?.disk, counters.disk) }
   }
 
   kill(): Promise<void> {
@@ -421,6 +427,16 @@ function childName(pid: number): string | undefined {
   } catch {
     return undefined
   }
+}
+
+/** Bytes of each disk by `op`, `read` and `write` in small letters or not. */
+function readBlkio(
+  list: NonNullable<Statistics['blkio_stats']>['io_service_bytes_recursive'],
+): Bytes | undefined {
+  if (!Array.isArray(list)) return undefined
+  const sum = (wanted: string) =>
+    list.reduce((total, { op, value }) => total + (op?.toLowerCase() === wanted ? (value ?? 0) : 0), 0)
+  return { in: sum('read'), out: sum('write') }
 }
 
 /** runc’s words for a command that is not there or is none, where no init process stands before it. */

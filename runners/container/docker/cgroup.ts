@@ -1,6 +1,8 @@
 /** The kernel’s own counters of a container, read while it lives. Control groups of version 1 and 2. */
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { diskOfGroup, diskOfProcesses } from '../disk.ts'
+import type { Bytes } from '../engine.ts'
 
 const root = '/sys/fs/cgroup'
 
@@ -12,6 +14,8 @@ export interface Counters {
   oomKills: number
   /** Periods in which it wanted more time than it may have. */
   throttled: number
+  /** Of version 1 by what lives in it. Undefined: not known. */
+  disk: Bytes | undefined
 }
 
 export interface ContainerCgroup {
@@ -66,6 +70,7 @@ const version1 = (memory: string, cpuacct: string, cpu: string) =>
     cpuMs: number(join(cpuacct, 'cpuacct.usage')) / 1e6,
     throttled: field(join(cpu, 'cpu.stat'), 'nr_throttled'),
     memoryPeakMb: number(join(memory, 'memory.max_usage_in_bytes')) / 2 ** 20,
+    disk: diskOfProcesses(pidsIn(join(memory, 'cgroup.procs'))),
   }))
 
 const version2 = (dir: string) =>
@@ -75,6 +80,7 @@ const version2 = (dir: string) =>
     throttled: field(join(dir, 'cpu.stat'), 'nr_throttled'),
     // Since Linux 5.19.
     memoryPeakMb: orNull(() => number(join(dir, 'memory.peak')) / 2 ** 20),
+    disk: diskOfGroup(dir),
   }))
 
 function groupOf(procs: string, counters: () => Counters): ContainerCgroup {
@@ -86,12 +92,15 @@ function groupOf(procs: string, counters: () => Counters): ContainerCgroup {
         return undefined
       }
     },
-    pids: () => {
-      try {
-        return readFileSync(procs, 'utf8').split('\n').filter(Boolean).map(Number)
-      } catch {
-        return []
-      }
-    },
+    pids: () => pidsIn(procs),
+  }
+}
+
+/** None where it is not there. */
+function pidsIn(procs: string): number[] {
+  try {
+    return readFileSync(procs, 'utf8').split('\n').filter(Boolean).map(Number)
+  } catch {
+    return []
   }
 }

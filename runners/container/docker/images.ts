@@ -12,6 +12,7 @@ import type { Readable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Digest } from '../../../shared/workload.ts'
 import { BoxError, type Image, ImageError } from '../engine.ts'
+import { type Phases, unmeasured } from '../phases.ts'
 import { type Api, ApiError } from './api.ts'
 
 export const repository = 'vulcan.local/image'
@@ -57,11 +58,11 @@ export class Images {
   }
 
   /** The name by which the engine knows it. Throws `ImageError` or `BoxError`. */
-  ensure(image: Pick<Image, 'digest' | 'layout'>): Promise<string> {
+  ensure(image: Pick<Image, 'digest' | 'layout'>, phases = unmeasured): Promise<string> {
     const { digest } = image
     const known = this.#known.get(digest)
     if (known !== undefined && performance.now() - known.at < knownMs) return known.ref
-    const ref = this.#ensure(image)
+    const ref = this.#ensure(image, phases)
     this.#known.set(digest, { ref, at: performance.now() })
     ref.catch(() => this.#known.delete(digest))
     return ref
@@ -112,14 +113,14 @@ export class Images {
     }
   }
 
-  async #ensure({ digest, layout }: Pick<Image, 'digest' | 'layout'>): Promise<string> {
+  async #ensure({ digest, layout }: Pick<Image, 'digest' | 'layout'>, phases: Phases): Promise<string> {
     const tag = hexOf(digest)
     const ref = `${repository}:${tag}`
     if (await this.#touch(ref, tag)) return ref
     while (this.#loading >= loadsAtOnce) await sleep(20)
     this.#loading++
     try {
-      await this.#load(digest, layout, ref)
+      await phases.measure('unpack image', () => this.#load(digest, layout, ref))
     } finally {
       this.#loading--
     }

@@ -14,6 +14,7 @@ import {
   type EngineOptions,
   type Network,
 } from '../engine.ts'
+import { unmeasured } from '../phases.ts'
 import { Api, ApiError, answerMs } from './api.ts'
 import { type DockerBox, openBox } from './box.ts'
 import type { Groups } from './cgroup.ts'
@@ -190,14 +191,19 @@ class DockerEngine implements Engine {
 
   async create(spec: BoxSpec): Promise<Box> {
     if (this.#disposed !== undefined) throw new BoxError('engine', 'the Docker Engine is no longer used')
+    const { image, phases = unmeasured } = spec
+    const make = async () => {
+      const ref = await this.#images.ensure(image, phases)
+      return await phases.measure('create container', () => this.#make(spec, ref, spec.network))
+    }
     try {
-      return await this.#make(spec, await this.#images.ensure(spec.image), spec.network)
+      return await make()
     } catch (error) {
       if (!(error instanceof ApiError) || error.status !== 404) throw error
     }
     // Somebody has removed the image meanwhile.
-    this.#images.forget(spec.image.digest)
-    return await this.#make(spec, await this.#images.ensure(spec.image), spec.network)
+    this.#images.forget(image.digest)
+    return await make()
   }
 
   async #make(

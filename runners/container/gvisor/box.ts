@@ -5,7 +5,8 @@ import { basename } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { finished } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type Box, BoxError, type BoxLimits, type BoxUsage, type Exit } from '../engine.ts'
+import { type DiskMeter, since } from '../disk.ts'
+import { type Box, BoxError, type BoxLimits, type BoxUsage, type Bytes, type Exit } from '../engine.ts'
 import { type GvisorSpec, type Host, writeBundle } from './bundle.ts'
 import type { CgroupLimits, CgroupUsage } from './cgroups.ts'
 import { created, mebibyte, started } from './config.ts'
@@ -65,6 +66,11 @@ export class GvisorBox implements Box {
   #usage: CgroupUsage | undefined
   /** When the sandbox was complete. */
   #idle: CgroupUsage | undefined
+  /** Of runsc, which reads and writes for the box. */
+  #disks: DiskMeter | undefined
+  #kept: Disposable | undefined
+  #disk: Bytes | undefined
+  #idleDisk: Bytes | undefined
   #killing: Promise<void> | undefined
   #removing: Promise<void> | undefined
 
@@ -178,6 +184,7 @@ export class GvisorBox implements Box {
       cpuMs: Math.max(0, cpuMs - idleMs),
       memoryPeakMb: memoryPeakBytes === null ? null : Math.max(0, memoryPeakBytes - idleBytes) / mebibyte,
       oomKills,
+      disk: since(this.#idleDisk, this.#disk),
     }
   }
 
@@ -189,6 +196,8 @@ export class GvisorBox implements Box {
     } catch {
       // It was removed by somebody else.
     }
+    // What lives in it may have ended before it is asked for.
+    this.#disk = this.#disks?.read() ?? this.#disk
     if (this.#oom) this.kill().catch(() => {})
   }
 
@@ -239,6 +248,7 @@ export class GvisorBox implements Box {
     if (isDead) await this.exited
     this.#readUsage()
     await clear(this.#launcher.cgroup, this.#launcher.dir)
+    this.#kept?.[Symbol.dispose]()
     this.#removed.resolve()
   }
 
@@ -251,7 +261,10 @@ export class GvisorBox implements Box {
   #onCreated(): void {
     if (this.#state !== 'creating') return
     this.#state = 'created'
+    this.#kept = this.#launcher.cgroup.keepOpen()
     this.#idle = this.#launcher.cgroup.usage()
+    this.#disks = this.#launcher.cgroup.diskMeter()
+    this.#idleDisk = this.#disks.read()
     this.#created.resolve()
   }
 
@@ -304,6 +317,7 @@ export class GvisorBox implements Box {
 
   #readUsage(): CgroupUsage | undefined {
     this.#usage = this.#launcher.cgroup.usage() ?? this.#usage
+    this.#disk = this.#disks?.read() ?? this.#disk
     return this.#usage
   }
 }

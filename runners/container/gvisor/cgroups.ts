@@ -6,6 +6,8 @@ import { existsSync, readFileSync, realpathSync, statfsSync } from 'node:fs'
 import { mkdir, readdir, readFile, rmdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { DiskMeter } from '../disk.ts'
+import { KeptFiles } from '../kept-files.ts'
 
 export interface CgroupLimits {
   memoryBytes: number
@@ -29,6 +31,8 @@ const version2Magic = 0x63677270
 /** Of version 1: where limits and counters are, and what kills and freezes whole trees. */
 const controllers = ['memory', 'cpu', 'cpuacct', 'pids', 'freezer'] as const
 const delegated = ['memory', 'cpu', 'pids']
+/** Of version 2, where the kernel has it: what counts bytes of disks. */
+const counting = 'io'
 /** The period over which a quota is counted, µs: the kernel’s own default. */
 const periodUs = 100_000
 /** The kernel refuses less. */
@@ -64,6 +68,7 @@ export function findHierarchy(): Hierarchy {
 export class Cgroup {
   readonly path: string
   readonly #hierarchy: Hierarchy
+  #kept: KeptFiles | undefined
 
   /** `path` begins with a slash and is counted from the root of each tree. */
   constructor(hierarchy: Hierarchy, path: string) {
@@ -122,6 +127,7 @@ export class Cgroup {
       const file = join(this.#hierarchy.mount, ...steps.slice(0, depth), 'cgroup.subtree_control')
       const present = (await readFile(file, 'utf8')).trim().split(' ')
       if (!delegated.every((name) => present.includes(name))) await writeFile(file, enable)
+      if (!present.includes(counting)) await writeFile(file, `+${counting}`).catch(() => {})
     }
   }
 
@@ -167,10 +173,28 @@ export class Cgroup {
     return [...found]
   }
 
+  /** What it counts stays open from now on, until that is disposed of. */
+  keepOpen(): KeptFiles {
+    this.#kept ??= new KeptFiles()
+    return this.#kept
+  }
+
+  #read(file: string): string {
+    return this.#kept?.read(file) ?? readFileSync(file, 'latin1')
+  }
+
+  #number(controller: (typeof controllers)[number], name: string): number {
+    return Number(this.#read(this.#file(controller, name)))
+  }
+
+  #field(controller: (typeof controllers)[number], name: string, field: string): number {
+    return fieldOf(this.#read(this.#file(controller, name)), field)
+  }
+
   /** Processes that the kernel has killed in it for want of memory. */
   oomKills(): number {
     const name = this.#hierarchy.version === 1 ? 'memory.oom_control' : 'memory.events'
-    return field(this.#file('memory', name), 'oom_kill')
+    return this.#field('memory', name, 'oom_kill')
   }
 
   /** Undefined where it is not there. */
@@ -179,17 +203,18 @@ export class Cgroup {
       const oomKills = this.oomKills()
       if (this.#hierarchy.version === 1)
         return {
-          cpuMs: number(this.#file('cpuacct', 'cpuacct.usage')) / 1e6,
-          memoryBytes: number(this.#file('memory', 'memory.usage_in_bytes')),
-          memoryPeakBytes: number(this.#file('memory', 'memory.max_usage_in_bytes')),
+          cpuMs: this.#number('cpuacct', 'cpuacct.usage') / 1e6,
+          memoryBytes: this.#number('memory', 'memory.usage_in_bytes'),
+          memoryPeakBytes: this.#number('memory', 'memory.max_usage_in_bytes'),
           oomKills,
         }
-      const peak = this.#file('memory', 'memory.peak')
       return {
-        cpuMs: field(this.#file('cpu', 'cpu.stat'), 'usage_usec') / 1e3,
-        memoryBytes: number(this.#file('memory', 'memory.current')),
+        cpuMs: this.#field('cpu', 'cpu.stat', 'usage_usec') / 1e3,
+        memoryBytes: this.#number('memory', 'memory.current'),
         // Since Linux 5.19.
-        memoryPeakBytes: existsSync(peak) ? number(peak) : null,
+        memoryPeakBytes: existsSync(this.#file('memory', 'memory.peak'))
+          ? this.#number('memory', 'memory.peak')
+          : null,
         oomKills,
       }
     } catch {
@@ -197,9 +222,17 @@ export class Cgroup {
     }
   }
 
+  /** Of disks; of version 1 those of what lives in it now. */
+  diskMeter(): DiskMeter {
+    const [dir = ''] = this.#dirs
+    return this.#hierarchy.version === 2
+      ? DiskMeter.ofGroup(this.keepOpen(), dir)
+      : DiskMeter.ofProcesses(this.keepOpen(), lines(join(dir, 'cgroup.procs')).map(Number))
+  }
+
   /** How often the quota has held it back. */
   throttled(): number {
-    return field(this.#file('cpu', 'cpu.stat'), 'nr_throttled')
+    return this.#field('cpu', 'cpu.stat', 'nr_throttled')
   }
 
   /** Settles when nothing in it runs any more. Throws where that cannot be had; then it runs. */
@@ -233,7 +266,7 @@ export class Cgroup {
   #isFrozen(): boolean {
     return this.#hierarchy.version === 1
       ? readFileSync(this.#file('freezer', 'freezer.state'), 'utf8').trim() === 'FROZEN'
-      : field(this.#file('freezer', 'cgroup.events'), 'frozen') === 1
+      : fieldOf(readFileSync(this.#file('freezer', 'cgroup.events'), 'latin1'), 'frozen') === 1
   }
 
   /**
@@ -302,7 +335,6 @@ function lines(file: string): string[] {
   }
 }
 
-const number = (file: string) => Number(readFileSync(file, 'latin1'))
-/** Of a file with lines of a name and a number. Throws where the file is not there. */
-const field = (file: string, name: string) =>
-  Number(new RegExp(`^${name} (\\d+)$`, 'm').exec(readFileSync(file, 'latin1'))?.[1] ?? 0)
+/** Of lines of a name and a number. */
+const fieldOf = (text: string, name: string) =>
+  Number(new RegExp(`^${name} (\\d+)$`, 'm').exec(text)?.[1] ?? 0)

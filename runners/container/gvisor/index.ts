@@ -6,6 +6,7 @@ import { promisify } from 'node:util'
 import type { LimitReport } from '../../../shared/backends.ts'
 import { BoxError, type Engine, type EngineOptions } from '../engine.ts'
 import { findProgram } from '../images/processes.ts'
+import { unmeasured } from '../phases.ts'
 import { GvisorBox } from './box.ts'
 import type { GvisorSpec, Host } from './bundle.ts'
 import { Cgroup, findHierarchy } from './cgroups.ts'
@@ -154,9 +155,10 @@ class Runsc implements GvisorEngine {
   }
 
   async create(spec: GvisorSpec): Promise<GvisorBox> {
-    const root = await spec.image.root()
+    const { phases = unmeasured } = spec
+    const root = await spec.image.root(phases)
     if (this.#closed !== undefined) throw new BoxError('engine', 'the engine is closed')
-    const making = this.#make(spec, root)
+    const making = phases.measure('create container', () => this.#make(spec, root))
     this.#making.add(making)
     try {
       return await making

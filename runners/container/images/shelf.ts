@@ -62,6 +62,8 @@ interface Held {
 export class Shelf {
   readonly dir: string
   readonly locks: Locks
+  /** Of all images, blobs and roots, when that was last looked at; undefined: not yet. */
+  bytes: number | undefined
   /** Images whose hold of this process is on disk. */
   readonly #held = new Map<string, Held>()
   readonly #removals = new Set<Promise<void>>()
@@ -245,6 +247,7 @@ export class Shelf {
   async evict(bytes: number | ((total: number) => number)): Promise<void> {
     await this.#alone(() => {
       let total = this.#total()
+      this.bytes = total
       const wanted = typeof bytes === 'number' ? bytes : bytes(total)
       if (total <= wanted) return
       const holds = readdirSync(join(this.dir, 'holds'))
@@ -264,6 +267,7 @@ export class Shelf {
         total -= this.#unpacked(hex).bytes
         this.#remove(hex)
         total -= this.#sweepBlobs()
+        this.bytes = total
       }
     })
   }

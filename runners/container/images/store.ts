@@ -2,8 +2,10 @@
 import { existsSync, linkSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import type { Digest } from '../../../shared/workload.ts'
+import type { RunnerMetrics } from '../../metrics.ts'
 import type { RegistryAuth } from '../../runner.ts'
 import { type Image, ImageError, type ImageSource, type ImageStore } from '../engine.ts'
+import { type Phases, unmeasured } from '../phases.ts'
 import { openArchive } from './archive.ts'
 import { sha256, sha256OfFile } from './blobs.ts'
 import { findManifest, manifestOf, openLayout } from './directory.ts'
@@ -35,6 +37,7 @@ export interface ImageStoreOptions {
   maxBytes?: number
   /** Entries of its layers together (1,000,000). */
   maxEntries?: number
+  metrics?: RunnerMetrics | undefined
   /** How long a tag’s digest is believed before the registry is asked again, ms (5,000). */
   tagMs?: number
 }
@@ -80,6 +83,13 @@ interface Incoming {
   scratch: string
 }
 
+/** An image that somebody asked for. */
+interface Brought {
+  hex: string
+  /** That were fetched for it; 0: all of it was here. */
+  bytes: number
+}
+
 /** Throws `ImageToolsMissing`. */
 export async function openImageStore(options: ImageStoreOptions): Promise<ImageStore> {
   requireImageTools(options.skopeo)
@@ -97,9 +107,10 @@ class Store implements ImageStore {
   readonly #registries: Registries
   readonly #maxBytes: number
   readonly #closing = new AbortController()
-  readonly #looks = new Flights<string>()
-  readonly #archives = new Flights<string>()
-  readonly #imports = new Flights<void>()
+  readonly #looks = new Flights<Brought>()
+  readonly #archives = new Flights<Brought>()
+  readonly #layouts = new Flights<Brought>()
+  readonly #imports = new Flights<number>()
   readonly #roots = new Flights<void>()
   readonly #fetchTurns = new Turns(fetches)
   readonly #unpackTurns = new Turns(unpacks)
@@ -115,20 +126,21 @@ class Store implements ImageStore {
     this.budget = options.budgetMb * 2 ** 20
     this.#maxBytes = Math.min(options.maxBytes ?? 16 * 2 ** 30, this.budget)
     this.shelf = new Shelf(options.dir)
+    options.metrics?.cache('images', () => this.shelf.bytes)
   }
 
-  async get(source: ImageSource, signal: AbortSignal): Promise<Image> {
+  async get(source: ImageSource, signal: AbortSignal, phases = unmeasured): Promise<Image> {
     const any = AbortSignal.any([signal, this.#closing.signal])
     if (source.kind === 'archive') {
       const label = `the image archive ${source.digest}`
-      return await this.#roomFor(label, () => this.#fromArchive(source, label, any))
+      return await this.#roomFor(label, () => this.#fromArchive(source, label, any, phases))
     }
     const at = parseReference(source.reference)
     const label = source.reference
     return await this.#roomFor(label, () =>
       at.kind === 'registry'
-        ? this.#fromRegistry(at, source.auth, label, any)
-        : this.#fromLayout(at, label, any),
+        ? this.#fromRegistry(at, source.auth, label, any, phases)
+        : this.#fromLayout(at, label, any, phases),
     )
   }
 
@@ -153,20 +165,32 @@ class Store implements ImageStore {
     at: Extract<ReturnType<typeof parseReference>, { kind: 'directory' }>,
     label: string,
     signal: AbortSignal,
+    phases: Phases,
   ) {
     const layout = await openLayout(at, this.#options.imageDirectories)
+    const known = hexOf(sha256(layout.manifest))
+    if (await this.shelf.hold(known)) return this.#hit(known, label)
     const supply: Supply = (missing, { blobs }, stop) => layout.copy(missing, blobs, stop)
-    return this.#image(await this.#keep(layout.manifest, label, supply, signal), label)
+    return await this.#bring(this.#layouts, known, label, signal, phases, async (stop) => {
+      const made = await this.#keep(layout.manifest, label, supply, stop)
+      this.shelf.release(made.hex)
+      return made
+    })
   }
 
-  async #fromArchive(source: Extract<ImageSource, { kind: 'archive' }>, label: string, signal: AbortSignal) {
+  async #fromArchive(
+    source: Extract<ImageSource, { kind: 'archive' }>,
+    label: string,
+    signal: AbortSignal,
+    phases: Phases,
+  ) {
     const name = `archive ${source.digest}`
     const known = this.shelf.known(name)
-    if (known && (await this.shelf.hold(known))) return this.#image(known, label)
-    const hex = await this.#archives.join(source.digest, signal, async (stop) => {
+    if (known && (await this.shelf.hold(known))) return this.#hit(known, label)
+    return await this.#bring(this.#archives, source.digest, label, signal, phases, async (stop) => {
       using _ = await this.shelf.locks.take(`archive-${hexOf(source.digest)}`, stop)
       const meanwhile = this.shelf.known(name)
-      if (meanwhile) return meanwhile
+      if (meanwhile) return { hex: meanwhile, bytes: 0 }
       await using temporary = this.shelf.temporary()
       const archive = await openArchive({
         ...source,
@@ -180,16 +204,11 @@ class Store implements ImageStore {
         (missing, { blobs }) => archive.move(missing, blobs),
         stop,
       )
-      this.shelf.remember(name, made)
+      this.shelf.remember(name, made.hex)
       // Kept a while longer, and those who wait for it take it at once.
-      this.shelf.release(made)
+      this.shelf.release(made.hex)
       return made
     })
-    if (await this.shelf.hold(hex)) return this.#image(hex, label)
-    throw new ImageError(
-      'disk_full',
-      `${label} was evicted as soon as it was here: raise VULCAN_IMAGE_CACHE_MB`,
-    )
   }
 
   async #fromRegistry(
@@ -197,6 +216,7 @@ class Store implements ImageStore {
     auth: RegistryAuth | undefined,
     label: string,
     signal: AbortSignal,
+    phases: Phases,
   ) {
     // Whoever brings other credentials is not shown what these have fetched.
     const name = JSON.stringify([nameOf(at), auth?.username, auth?.password])
@@ -206,15 +226,58 @@ class Store implements ImageStore {
       : lately && lately.until > Date.now()
         ? lately.hex
         : undefined
-    if (known && (await this.shelf.hold(known))) return this.#image(known, label)
-    const hex = await this.#looks.join(name, signal, async (stop) => {
+    if (known && (await this.shelf.hold(known))) return this.#hit(known, label)
+    return await this.#bring(this.#looks, name, label, signal, phases, async (stop) => {
       const made = await this.#fetch(at, auth, label, stop)
-      if (at.digest) this.shelf.remember(name, made)
-      else this.#believe(name, made)
-      this.shelf.release(made)
+      if (at.digest) this.shelf.remember(name, made.hex)
+      else this.#believe(name, made.hex)
+      this.shelf.release(made.hex)
       return made
     })
-    if (await this.shelf.hold(hex)) return this.#image(hex, label)
+  }
+
+  /** It was here. Takes over the caller’s hold. */
+  #hit(hex: string, label: string): Image {
+    this.#options.metrics?.imageAsked('hit')
+    return this.#image(hex, label)
+  }
+
+  /** What `fetch` brings, for all that want the same meanwhile. */
+  async #bring(
+    flights: Flights<Brought>,
+    key: string,
+    label: string,
+    signal: AbortSignal,
+    phases: Phases,
+    fetch: (stop: AbortSignal) => Promise<Brought>,
+  ): Promise<Image> {
+    const { metrics } = this.#options
+    const counted = async (stop: AbortSignal): Promise<Brought> => {
+      const began = performance.now()
+      const seconds = () => (performance.now() - began) / 1_000
+      try {
+        const made = await fetch(stop)
+        if (made.bytes > 0) metrics?.imagePulled('ok', seconds(), made.bytes)
+        return made
+      } catch (error) {
+        if (!stop.aborted) metrics?.imagePulled('failed', seconds(), 0)
+        throw error
+      }
+    }
+    let isHere = false
+    try {
+      const pull = () => flights.join(key, signal, counted)
+      const { hex, bytes } = await phases.measure('pull image', pull, (brought) => ({
+        'container.image.name': label,
+        'oci.manifest.digest': `sha256:${brought.hex}`,
+        'vulcan.image.pulled_bytes': brought.bytes,
+      }))
+      // A registry was asked what a tag means, and that is here.
+      isHere = bytes === 0
+      if (await this.shelf.hold(hex)) return this.#image(hex, label)
+    } finally {
+      metrics?.imageAsked(isHere ? 'hit' : 'miss')
+    }
     throw new ImageError(
       'disk_full',
       `${label} was evicted as soon as it was here: raise VULCAN_IMAGE_CACHE_MB`,
@@ -233,7 +296,7 @@ class Store implements ImageStore {
     auth: RegistryAuth | undefined,
     label: string,
     signal: AbortSignal,
-  ): Promise<string> {
+  ): Promise<Brought> {
     await using temporary = this.shelf.temporary()
     const look = (digest: Digest | undefined) => {
       const one = digest ? { ...at, tag: undefined, digest } : at
@@ -257,12 +320,15 @@ class Store implements ImageStore {
     return await this.#keep(manifest, label, supply, signal)
   }
 
-  /** Sees that the image of a manifest is in the store. Its hex digest; held. */
-  async #keep(manifest: Buffer, label: string, supply: Supply, signal: AbortSignal): Promise<string> {
+  /** Sees that the image of a manifest is in the store. Held. */
+  async #keep(manifest: Buffer, label: string, supply: Supply, signal: AbortSignal): Promise<Brought> {
     const hex = hexOf(sha256(manifest))
+    let bytes = 0
     for (let tries = 0; tries < 3; tries++) {
-      if (await this.shelf.hold(hex)) return hex
-      await this.#imports.join(hex, signal, (stop) => this.#import(hex, manifest, label, supply, stop))
+      if (await this.shelf.hold(hex)) return { hex, bytes }
+      bytes = await this.#imports.join(hex, signal, (stop) =>
+        this.#import(hex, manifest, label, supply, stop),
+      )
     }
     throw new ImageError(
       'disk_full',
@@ -270,13 +336,14 @@ class Store implements ImageStore {
     )
   }
 
+  /** Bytes that were fetched for it. */
   async #import(
     hex: string,
     manifest: Buffer,
     label: string,
     supply: Supply,
     stop: AbortSignal,
-  ): Promise<void> {
+  ): Promise<number> {
     const { config, layers } = manifestOf(manifest, label)
     const wanted = [...new Map([config, ...layers].map((one) => [one.digest, one])).values()]
     const size = wanted.reduce((sum, one) => sum + one.size, 0)
@@ -290,10 +357,10 @@ class Store implements ImageStore {
         'invalid_workload',
         `${label} has ${size} bytes of layers, and an image may have ${this.#maxBytes}`,
       )
-    await this.#fetchTurns.take(async () => {
+    return await this.#fetchTurns.take(async () => {
       const signal = AbortSignal.any([stop, AbortSignal.timeout(fetchMs)])
       using _ = await this.shelf.locks.take(hex, signal)
-      if (existsSync(this.shelf.layout(hex))) return
+      if (existsSync(this.shelf.layout(hex))) return 0
       await using temporary = this.shelf.temporary()
       const layout = join(temporary.path, 'layout')
       const into: Incoming = { layout, blobs: join(layout, 'blobs/sha256'), scratch: temporary.path }
@@ -306,6 +373,7 @@ class Store implements ImageStore {
       await this.shelf.place(hex, manifest, blobs, into.blobs)
       await this.shelf.evict(this.budget)
       this.shelf.release(hex)
+      return missing.reduce((sum, one) => sum + one.size, 0)
     })
   }
 
@@ -347,8 +415,9 @@ class Store implements ImageStore {
       digest: `sha256:${hex}`,
       config: config.config,
       layout: shelf.layout(hex),
-      root: async () => {
-        if (!existsSync(shelf.root(hex))) await this.#roomFor(label, () => this.#root(hex, label))
+      root: async (phases = unmeasured) => {
+        if (!existsSync(shelf.root(hex)))
+          await phases.measure('unpack image', () => this.#roomFor(label, () => this.#root(hex, label)))
         return shelf.root(hex)
       },
       [Symbol.dispose]: () => {
@@ -422,7 +491,8 @@ class Store implements ImageStore {
 
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closing.abort(new Error('the image store is closed'))
-    for (const flights of [this.#looks, this.#archives, this.#imports, this.#roots]) await flights.settled()
+    for (const flights of [this.#looks, this.#archives, this.#layouts, this.#imports, this.#roots])
+      await flights.settled()
     await this.shelf.close()
   }
 }

@@ -153,6 +153,7 @@ class RoutedNetworks implements BoxNetworks {
       hosts: allowlist.hosts,
       nameservers: toPublic ? [nameserver] : [],
       denied: () => router.packets(link.name),
+      traffic: () => router.traffic(link.name),
       join: (pid) => link.moveTo(pid),
       [Symbol.asyncDispose]: async () => {
         this.#open.delete(network)

@@ -1,4 +1,6 @@
 /** The namespace between the boxes of this process and the outside. The rules are here, out of reach of any box. */
+import type { Bytes } from '../engine.ts'
+import { Meter } from './meter.ts'
 import { Namespace, runIn } from './namespace.ts'
 import { baseRules, closeRules } from './rules.ts'
 import { Together } from './together.ts'
@@ -10,14 +12,16 @@ const leaving = 1
 export class Router implements AsyncDisposable {
   readonly #namespace: Namespace
   readonly #wayOut: WayOut
+  readonly #meter: Meter
   readonly #removeRules = new Together((names) => this.nft(names.map(closeRules).join('')))
   readonly #removeLinks = new Together((names) => this.#takeDown(names))
   #lastRules: Promise<unknown> = Promise.resolve()
   #closed = false
 
-  private constructor(namespace: Namespace, wayOut: WayOut) {
+  private constructor(namespace: Namespace, wayOut: WayOut, meter: Meter) {
     this.#namespace = namespace
     this.#wayOut = wayOut
+    this.#meter = meter
   }
 
   /** Throws where a tool is missing or refuses. */
@@ -37,7 +41,11 @@ export class Router implements AsyncDisposable {
       return 'link set lo up\n'
     })
     try {
-      return new Router(namespace, await WayOut.open(namespace.path))
+      await using scope = new AsyncDisposableStack()
+      const meter = scope.use(await Meter.open(namespace.path))
+      const router = new Router(namespace, await WayOut.open(namespace.path), meter)
+      scope.move()
+      return router
     } catch (error) {
       namespace[Symbol.dispose]()
       throw error
@@ -49,7 +57,7 @@ export class Router implements AsyncDisposable {
   }
 
   get pids(): number[] {
-    return this.#wayOut.pid === undefined ? [] : [this.#wayOut.pid]
+    return [this.#wayOut.pid, this.#meter.pid].filter((pid) => pid !== undefined)
   }
 
   /** Lines for `ip -batch`. */
@@ -94,10 +102,16 @@ export class Router implements AsyncDisposable {
     return nftables.find((one) => one.counter !== undefined)!.counter!.packets
   }
 
+  /** Bytes that a box has received and sent; undefined: not known any more. */
+  traffic(box: string): Bytes | undefined {
+    return this.#meter.read(box)
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closed = true
     await this.#lastRules
     await this.#wayOut[Symbol.asyncDispose]()
+    await this.#meter[Symbol.asyncDispose]()
     this.#namespace[Symbol.dispose]()
   }
 }

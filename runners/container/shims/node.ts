@@ -36,6 +36,7 @@ import type { HeaderList, LogLevel } from '../../../shared/workload.ts'
 import { Inflow, Outflow, routeStream } from '../../guest/flows.ts'
 import { readResponseHead } from '../../guest/heads.ts'
 import { type DoneHeader, markOf, type RunContext, type RunHeader } from '../protocol.ts'
+import { now, type Span, Spans } from './spans.ts'
 
 const framesIn = 4
 const framesOut = 3
@@ -82,6 +83,13 @@ interface Run {
   stop: AbortController
   /** Of `request.signal`. */
   gone: AbortController
+  /** `now()` when it came. */
+  began: number
+  /** Spans of the code so far. */
+  spans: number
+  /** When the handler was called, and when it was through: ms since the run came. */
+  called: number | undefined
+  through: number | undefined
   /** Promises given to `ctx.waitUntil` that have not settled. */
   pending: number
   onIdle: (() => void) | undefined
@@ -93,6 +101,34 @@ const post = (run: Run, kind: Kind, parts: (string | Uint8Array | undefined)[], 
 }
 const streamPost = (run: Run, number: number) => (kind: Kind, part?: string | Uint8Array) =>
   post(run, kind, part === undefined ? [] : [part], number)
+
+// ---------------------------------------------------------------------------------------------- spans
+
+const spans = new Spans<Run>({
+  post: (run, span) => post(run, kinds.span, [JSON.stringify(span)]),
+  isLive: (run) => run === current,
+  // Loaded for those that use it.
+  newId: () => (require('node:crypto') as typeof import('node:crypto')).randomBytes(8).toString('hex'),
+  describe: (error) => described(error).message,
+})
+
+/** Whether the code uses the global or has kept it from before: what it sends carries its trace. */
+function takeFetch(): void {
+  const inner = globalThis.fetch
+  if (typeof inner !== 'function') return
+  const value = spans.fetchWith(inner, () => current)
+  Object.defineProperty(globalThis, 'fetch', { value, writable: true, enumerable: true, configurable: true })
+}
+
+/** The handler is called now; what comes of it is passed on. */
+async function called(run: Run, call: () => unknown): Promise<unknown> {
+  run.called = now() - run.began
+  try {
+    return await call()
+  } finally {
+    run.through = now() - run.began
+  }
+}
 
 // ---------------------------------------------------------------------------------------------- lines
 
@@ -191,7 +227,10 @@ function finish(run: Run, header: DoneHeader, output?: string, body?: string | U
   if (run !== current) return
   flushStreams()
   write(rawOut, Buffer.from(markOf(run.header.mark)))
-  post(run, kinds.done, [JSON.stringify(header), output, body])
+  const { called, through = now() - run.began } = run
+  const isTold = run.ctx.traced === true && called !== undefined
+  const whole: DoneHeader = isTold ? { ...header, guest: [called, through] } : header
+  post(run, kinds.done, [JSON.stringify(whole), output, body])
   current = undefined
 }
 
@@ -387,6 +426,8 @@ function contextOf(run: Run) {
     env: Object.freeze(env),
     signal: run.stop.signal,
     log: logger,
+    span: <T>(name: unknown, fn: (span: Span) => T, attributes?: unknown): T =>
+      spans.run(run, undefined, name, fn, attributes),
     waitUntil(promise: unknown) {
       if (run !== current) return
       run.pending++
@@ -448,7 +489,7 @@ async function callJson(run: Run): Promise<void> {
       return finish(run, responseOf(400, 'application/problem+json'), 'null', problem)
     }
   }
-  const value = await (handler as Handler)(input, contextOf(run))
+  const value = await called(run, () => (handler as Handler)(input, contextOf(run)))
   const output = toJson(run, value)
   if (output === undefined) return
   await untilIdle(run)
@@ -574,7 +615,8 @@ async function fetchJson(run: Run, fetch: Handler): Promise<void> {
     body: run.input ?? null,
     signal: run.stop.signal,
   })
-  const { head, body } = readAnswer(await fetch.call(handler, request, run.ctx.env, contextOf(run)))
+  const answer = await called(run, () => fetch.call(handler, request, run.ctx.env, contextOf(run)))
+  const { head, body } = readAnswer(answer)
   const pieces: Uint8Array[] = []
   let size = 0
   const reader = body?.getReader()
@@ -601,12 +643,15 @@ async function fetchJson(run: Run, fetch: Handler): Promise<void> {
 
 async function start(run: Run): Promise<void> {
   const { root, seed, rehearsal } = run.header
+  if (rehearsal !== undefined) {
+    mkdirSync(root, { recursive: true })
+    for (const [name, text] of Object.entries(rehearsal)) writeFileSync(join(root, name), text)
+  }
   if (seed !== undefined) wakeUp(seed, root)
-  if (rehearsal === undefined) return await perform(run)
-  mkdirSync(root, { recursive: true })
-  for (const [name, text] of Object.entries(rehearsal)) writeFileSync(join(root, name), text)
   await perform(run)
+  if (rehearsal === undefined) return
   // Before the next run can come.
+  if (seed !== undefined) process.chdir('/')
   rmSync(root, { recursive: true, force: true })
   for (const path of Object.keys(require.cache)) if (path.startsWith(root)) delete require.cache[path]
   handler = undefined
@@ -627,7 +672,10 @@ async function perform(run: Run): Promise<void> {
     const fetch = fetchOf(handler)
     if (fetch === undefined) await callJson(run)
     else if (run.request === undefined) await fetchJson(run, fetch)
-    else await answer(run, await fetch.call(handler, requestOf(run), run.ctx.env, contextOf(run)))
+    else {
+      const call = () => fetch.call(handler, requestOf(run), run.ctx.env, contextOf(run))
+      await answer(run, await called(run, call))
+    }
   } catch (error) {
     threw(run, error)
   }
@@ -682,6 +730,10 @@ function begin({ run: number, parts }: Message): void {
     out: undefined,
     stop: new AbortController(),
     gone: new AbortController(),
+    began: now(),
+    spans: 0,
+    called: undefined,
+    through: undefined,
     pending: 0,
     onIdle: undefined,
   }
@@ -711,6 +763,7 @@ function onFrame(frame: Buffer) {
 }
 
 takeConsole()
+takeFetch()
 takeStream('stdout', 1)
 takeStream('stderr', 2)
 process.on('exit', flushStreams)

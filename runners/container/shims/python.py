@@ -4,6 +4,7 @@ made into calls with JSON by the runner.
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import inspect
 import io
@@ -13,6 +14,7 @@ import shutil
 import struct
 import sys
 import threading
+import time
 import traceback
 
 FRAMES_IN = 4
@@ -20,13 +22,19 @@ FRAMES_OUT = 3
 RAW_OUT = 2
 
 RUN, CANCEL = 1, 3
-READY, LOG, DONE = 16, 17, 18
+READY, LOG, DONE, SPAN = 16, 17, 18, 23
 ABSENT = 0xFFFFFFFF
 # EX_SOFTWARE of sysexits.h.
 LOST_VOICE = 70
 MAX_LINE_BYTES = 64 * 1024
 MAX_MESSAGE = 16_000
 MAX_STACK = 32_000
+# Of the spans of one run, as shared/guest.ts has them.
+MAX_SPANS = 256
+MAX_SPAN_ATTRIBUTES = 32
+MAX_SPAN_KEY = 128
+MAX_SPAN_VALUE = 1_024
+MAX_SPAN_TEXT = 16_000
 # Lines and pieces of code of the user's process in front of the handler's own.
 OWN_FILE = os.path.abspath(__file__)
 
@@ -141,14 +149,102 @@ class Log:
         self._write("error", args)
 
 
+def attributes_of(values):
+    """Bounded, so that what is sent is; what no attribute can be is left out."""
+    kept = {}
+    if not isinstance(values, dict):
+        return kept
+    for key, value in list(values.items())[:MAX_SPAN_ATTRIBUTES]:
+        if not isinstance(key, str) or len(key) > MAX_SPAN_KEY:
+            continue
+        if isinstance(value, str):
+            kept[key] = value if len(value) <= MAX_SPAN_VALUE else f"[{len(value)} characters]"
+        elif isinstance(value, bool) or (isinstance(value, (int, float)) and -(2**63) < value < 2**63):
+            kept[key] = value
+    return kept
+
+
+class Span:
+    """A part of a run, for its trace: `with ctx.span(name) as span: …`."""
+
+    def __init__(self, run, parent, name, attributes):
+        self._run = run
+        self._parent = parent
+        self._name = str(name)[:MAX_SPAN_TEXT]
+        self._attributes = attributes_of(attributes)
+        self._id = None
+        #: What is sent on, so that what follows stands under this span.
+        self.traceparent = run.traceparent if parent is None else parent.traceparent
+
+    def set(self, attributes):
+        self._attributes = attributes_of({**self._attributes, **attributes_of(attributes)})
+
+    def span(self, name, fn=None, attributes=None):
+        """As `ctx.span`, below this one."""
+        return span_of(self._run, self, name, fn, attributes)
+
+    def _above(self):
+        """The nearest that was begun."""
+        return self if self._id is not None or self._parent is None else self._parent._above()
+
+    def __enter__(self):
+        run = self._run
+        if not run.traced or run.spans >= MAX_SPANS or self._id is not None or not run.live():
+            return self
+        run.spans += 1
+        self._id = os.urandom(8).hex()
+        self.traceparent = f"{run.traceparent[:36]}{self._id}{run.traceparent[52:]}"
+        head = {"id": self._id, "name": self._name, "start": run.ms()}
+        above = None if self._parent is None else self._parent._above()._id
+        if above is not None:
+            head["parent"] = above
+        self._send(head)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self._id is not None and self._run.live():
+            head = {"id": self._id, "end": self._run.ms()}
+            if error is not None:
+                head["error"] = message_of(error)[:MAX_SPAN_TEXT]
+            self._send(head)
+        return False
+
+    def _send(self, head):
+        send(SPAN, self._run.number, json.dumps({**head, "attributes": self._attributes}))
+
+
+def span_of(run, parent, name, fn, attributes):
+    span = Span(run, parent, name, attributes)
+    if fn is None:
+        return span
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(span)
+        result = fn(span)
+        if not inspect.isawaitable(result):
+            return result
+        # Ends with what it awaits.
+        held = stack.pop_all()
+
+    async def awaited():
+        with held:
+            return await result
+
+    return awaited()
+
+
 class Context:
     def __init__(self, run, given):
+        self._run = run
         self.id = given["id"]
         self.attempt = given["attempt"]
         self.traceparent = given["traceparent"]
         self.env = given["env"]
         self.signal = run.signal
         self.log = Log(run)
+
+    def span(self, name, fn=None, attributes=None):
+        """What `fn(span)` returns, or without `fn` what `with` takes: a part of the run, for its trace."""
+        return span_of(self._run, None, name, fn, attributes)
 
 
 class Run:
@@ -158,7 +254,21 @@ class Run:
         self.signal = Signal()
         self.task = None
         self.data = data
+        self.came = time.perf_counter()
+        self.traceparent = given["traceparent"]
+        self.traced = given.get("traced") is True and self.traceparent is not None
+        self.spans = 0
+        # When the handler was called, and when it was through.
+        self.guest = None
+        self.through = None
         self.ctx = Context(self, given)
+
+    def ms(self):
+        """Since it came."""
+        return (time.perf_counter() - self.came) * 1000
+
+    def live(self):
+        return os.getpid() == PID and self is state.run
 
 
 class State:
@@ -309,6 +419,8 @@ def done(run, status, cause=None, message=None, stack=None, output=None, worn=Fa
         header["message"] = message[:MAX_MESSAGE]
     if worn:
         header["worn"] = True
+    if run.traced and run.guest is not None:
+        header["guest"] = [run.guest, run.through or run.ms()]
     with writing:
         write_all(RAW_OUT, f"\0vulcan:{run.header['mark']}\n".encode())
     send(DONE, run.number, json.dumps(header), output)
@@ -331,13 +443,17 @@ def stack_of(error):
     return "".join(summary.format())[-MAX_STACK:].rstrip("\n")
 
 
-def threw(run, error, worn=False):
+def message_of(error):
     try:
         text = str(error)
     except Exception:
         text = "an error whose text cannot be had"
     name = type(error).__name__
-    message = text if type(error) is Exception and text else f"{name}: {text}" if text else name
+    return text if type(error) is Exception and text else f"{name}: {text}" if text else name
+
+
+def threw(run, error, worn=False):
+    message = message_of(error)
     try:
         stack = stack_of(error)
     except Exception:
@@ -359,6 +475,13 @@ class Shim:
         self.loop = None
 
     def call(self, value, run):
+        run.guest = run.ms()
+        try:
+            return self.called(value, run)
+        finally:
+            run.through = run.ms()
+
+    def called(self, value, run):
         result = self.handler(value, run.ctx) if self.with_context else self.handler(value)
         if not inspect.isawaitable(result):
             return result
@@ -374,16 +497,19 @@ class Shim:
 
     def run(self, run):
         seed, rehearsal = run.header.get("seed"), run.header.get("rehearsal")
-        if seed is not None:
-            wake_up(seed, run.header["root"])
-        if rehearsal is None:
-            return self.perform(run)
         root, modules, path = run.header["root"], set(sys.modules), list(sys.path)
-        os.makedirs(root, exist_ok=True)
-        for name, text in rehearsal.items():
-            with open(os.path.join(root, name), "w") as file:
-                file.write(text)
+        if rehearsal is not None:
+            os.makedirs(root, exist_ok=True)
+            for name, text in rehearsal.items():
+                with open(os.path.join(root, name), "w") as file:
+                    file.write(text)
+        if seed is not None:
+            wake_up(seed, root)
         self.perform(run)
+        if rehearsal is None:
+            return
+        if seed is not None:
+            os.chdir("/")
         # What was loaded of the standard library may stay; what was written here may not.
         for name in set(sys.modules) - modules:
             if (getattr(sys.modules[name], "__file__", None) or "").startswith(root):

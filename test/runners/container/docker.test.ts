@@ -422,6 +422,7 @@ boxTest('a box shares the namespace into which its network was moved', async (it
     hosts: [{ address: '192.0.2.7', name: 'api.example.com' }],
     nameservers: ['192.0.2.53'],
     denied: async () => 0,
+    traffic: () => undefined,
     join: async (pid) => {
       joined = pid
       const { status } = spawnSync('nsenter', [
@@ -456,6 +457,7 @@ boxTest('a network that cannot be joined fails the making, and leaves nothing', 
     hosts: [],
     nameservers: [],
     denied: async () => 0,
+    traffic: () => undefined,
     join: async () => {
       throw new Error('no way')
     },

@@ -38,6 +38,7 @@ async function openPair(): Promise<Network & { hostAddress: string }> {
     hosts: [{ address: hostAddress, name: 'api.test' }],
     nameservers: ['198.51.100.254'],
     denied: async () => 0,
+    traffic: () => undefined,
     join: async () => {},
     async [Symbol.asyncDispose]() {
       const exited = once(holder, 'exit')

@@ -10,8 +10,12 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { openImageStore } from '../../../runners/container/images/store.ts'
+import { Phases } from '../../../runners/container/phases.ts'
+import { RunnerMetrics } from '../../../runners/metrics.ts'
+import type { Phase } from '../../../runners/runner.ts'
 import { type BuiltImage, buildImage, type Entry, startRegistry, writeLayout } from '../../registry.ts'
 import { errorOf, file, storeOptions, workbench } from './images-support.ts'
+import { seriesSum } from './metric-values.ts'
 
 const noise = (megabytes: number): Buffer => {
   const bytes = Buffer.alloc(megabytes * 2 ** 20)
@@ -127,6 +131,45 @@ test('two processes on one store share one fetch and one unpacking', async () =>
   await Promise.all([one.end(), two.end()])
   assert.equal([list(bench.dir, 'store/holds'), list(bench.dir, 'store/tmp')], [[], []])
   assert.equal(list(bench.dir, 'store/locks'), [])
+})
+
+test('what was asked for, fetched and is kept is counted, and told as a part of a start', async () => {
+  const metrics = new RunnerMetrics('images-test', 'gvisor')
+  const sum = (name: string, labels?: Record<string, string>) => seriesSum(metrics.registry, name, labels)
+  await using bench = await workbench({ metrics })
+  await using registry = await startRegistry()
+  await writeLayout(join(bench.dir, 'made'), { layers: [[file('big', '', { content: noise(1) })]] })
+  const { reference, digest } = await registry.push(join(bench.dir, 'made'), 'app:v1')
+  const told: Phase[] = []
+  const phases = new Phases({ function: undefined, traceparent: undefined, traced: true }, metrics)
+  phases.tell((phase) => told.push(phase))
+  const get = (name: string) =>
+    bench.store.get({ kind: 'reference', reference: name }, AbortSignal.timeout(60_000), phases)
+  const [image, same] = await Promise.all([get(reference), get(reference)])
+  await Promise.all([image.root(phases), same.root(phases)])
+  const bytes = await sum('vulcan_image_pulled_bytes_total')
+  assert.ok(bytes > 2 ** 20 && bytes < 2 * 2 ** 20, `${bytes}`)
+  assert.is(await sum('vulcan_image_pull_seconds_count', { result: 'ok' }), 1)
+  const names = told.map(({ name }) => name)
+  assert.equal(names, ['pull image', 'pull image', 'unpack image', 'unpack image'])
+  assert.equal(told[0]!.attributes, {
+    'container.image.name': reference,
+    'oci.manifest.digest': digest,
+    'vulcan.image.pulled_bytes': bytes,
+  })
+  assert.is(await sum('vulcan_image_cache_requests_total', { result: 'miss' }), 2)
+  assert.ok((await sum('vulcan_cache_bytes', { cache: 'images' })) > 2 ** 20)
+
+  using again = await get(reference)
+  await again.root(phases)
+  assert.is(told.length, 4)
+  assert.is(await sum('vulcan_image_cache_requests_total', { result: 'hit' }), 1)
+
+  const { reason } = await errorOf(get(`${registry.host}/none:v1`))
+  assert.is(reason, 'image_not_found')
+  assert.is(await sum('vulcan_image_pull_seconds_count', { result: 'failed' }), 1)
+  assert.match(told[4]!.error!, /none:v1/)
+  for (const one of [image, same]) one[Symbol.dispose]()
 })
 
 test('images that nobody holds go, least used first, when there is no room; held ones stay', async () => {

@@ -7,6 +7,7 @@ import type {
   HttpResponse,
   Job,
   Outcome,
+  Phase,
   Runner,
   Source,
 } from '../../../runners/runner.ts'
@@ -60,6 +61,8 @@ export interface Ran {
   body: Buffer
   /** Whether the response came by `respond` rather than with the outcome. */
   streamed: boolean
+  /** Where `traced` was set. */
+  phases: Phase[]
   /** What the sink was told in the end. */
   ended: 'end' | 'fail' | undefined
 }
@@ -80,6 +83,7 @@ export async function run(
   { timeoutMs = 60_000, request, signal, onLine, onPiece, ...options }: RunOptions = {},
 ): Promise<Ran> {
   const lines: LogLine[] = []
+  const phases: Phase[] = []
   const pieces: Uint8Array[] = []
   const ran: Pick<Ran, 'response' | 'streamed' | 'ended'> = {
     response: undefined,
@@ -103,6 +107,7 @@ export async function run(
   const start = performance.now()
   try {
     const outcome = await runner.prepare({ ...job(source, options), http }).run(stop.signal, {
+      onPhase: options.traced === true ? (phase) => phases.push(phase) : undefined,
       onLog(line) {
         lines.push(line)
         onLine?.(line)
@@ -129,7 +134,8 @@ export async function run(
       ran.response = outcome.response
       pieces.push(outcome.response.body)
     }
-    return { outcome, lines, texts: lines.map(({ text }) => text), ms, ...ran, body: Buffer.concat(pieces) }
+    const texts = lines.map(({ text }) => text)
+    return { outcome, lines, texts, phases, ms, ...ran, body: Buffer.concat(pieces) }
   } finally {
     clearTimeout(timer)
   }

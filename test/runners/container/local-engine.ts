@@ -3,6 +3,7 @@
  * and a store with the one image that they make. They have namespaces of their own and no limits.
  */
 import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { existsSync, readFileSync } from 'node:fs'
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -15,6 +16,7 @@ import {
   type Box,
   BoxError,
   type BoxSpec,
+  type Bytes,
   type Engine,
   type Exit,
   type Image,
@@ -22,7 +24,9 @@ import {
   ImageError,
   type ImageStore,
 } from '../../../runners/container/engine.ts'
+import { unmeasured } from '../../../runners/container/phases.ts'
 import type { PoolOptions } from '../../../runners/container/pool.ts'
+import { RunnerMetrics } from '../../../runners/metrics.ts'
 import type { Runner } from '../../../runners/runner.ts'
 import type { Digest } from '../../../shared/workload.ts'
 import { skip } from '../../harness.ts'
@@ -45,6 +49,8 @@ export class LocalBox implements Box {
   freezes = 0
   /** What the test says the kernel did. */
   oomKills = 0
+  /** Bytes, as the test says. */
+  disk: Bytes | undefined
   readonly spec: BoxSpec
   readonly #args: string[]
   #pid: number | undefined
@@ -97,7 +103,7 @@ export class LocalBox implements Box {
     this.frozen = false
   }
   async usage() {
-    return { cpuMs: 1, memoryPeakMb: 10, oomKills: this.oomKills }
+    return { cpuMs: 1, memoryPeakMb: 10, oomKills: this.oomKills, disk: this.disk }
   }
   async kill(): Promise<void> {
     if (this.#pid === undefined) return this.#exit({ code: 137, oom: false })
@@ -164,9 +170,12 @@ export class LocalEngine implements Engine {
       ...['--dir', spec.cwd, '--chdir', spec.cwd],
       ...Object.entries(spec.env).flatMap(([name, value]) => ['--setenv', name, value]),
     ]
-    const box = new LocalBox(`local-${this.boxes.length}`, spec, args)
-    this.boxes.push(box)
-    return box
+    const { phases = unmeasured } = spec
+    return await phases.measure('create container', async () => {
+      const box = new LocalBox(`local-${this.boxes.length}`, spec, args)
+      this.boxes.push(box)
+      return box
+    })
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -182,12 +191,14 @@ export const localConfig: ImageConfig = {
   user: '65534:65534',
 }
 
-/** An image of any reference but those that hold `missing`. */
+/** An image of any reference but those that hold `missing`; one that holds `endless` never comes. */
 export const localImages = (root: string): ImageStore => ({
-  async get(source, signal): Promise<Image> {
+  async get(source, signal, phases = unmeasured): Promise<Image> {
     signal.throwIfAborted()
     if (source.kind === 'reference' && source.reference.includes('missing'))
       throw new ImageError('image_not_found', `there is no image ${source.reference}`)
+    if (source.kind === 'reference' && source.reference.includes('endless'))
+      await phases.measure('pull image', () => once(signal, 'abort'))
     return { digest, config: localConfig, layout: root, root: async () => root, [Symbol.dispose]() {} }
   },
   async [Symbol.asyncDispose]() {},
@@ -196,13 +207,14 @@ export const localImages = (root: string): ImageStore => ({
 /** A runner over such boxes, with a directory of its own. */
 export async function localRunner(
   pool: Partial<PoolOptions> = {},
-): Promise<{ runner: Runner; engine: LocalEngine; dir: string } & AsyncDisposable> {
+): Promise<{ runner: Runner; engine: LocalEngine; metrics: RunnerMetrics; dir: string } & AsyncDisposable> {
   const dir = await mkdtemp(join(tmpdir(), 'vulcan-local-'))
   const root = join(dir, 'root')
   await mkdir(join(root, 'etc'), { recursive: true })
   await writeFile(join(root, 'etc/passwd'), 'root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n')
   await writeFile(join(root, 'etc/group'), 'root:x:0:\nann:x:1000:\nlab:x:2000:ann\n')
   const engine = new LocalEngine()
+  const metrics = new RunnerMetrics('local-test', 'gvisor')
   const runner = await assembleRunner({
     isolation: 'gvisor',
     owner: 'local-test',
@@ -216,10 +228,12 @@ export async function localRunner(
     budgetMb: 1_000,
     slots: 8,
     pool,
+    metrics,
   })
   return {
     runner,
     engine,
+    metrics,
     dir,
     async [Symbol.asyncDispose]() {
       await runner[Symbol.asyncDispose]()

@@ -36,6 +36,9 @@ const calls = {
   async denied(id: number) {
     return await open.get(id)!.denied()
   },
+  async traffic(id: number) {
+    return open.get(id)!.traffic() ?? null
+  },
   async join(id: number, pid: number) {
     await open.get(id)!.join(pid)
     return open.get(id)!.path

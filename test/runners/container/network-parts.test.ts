@@ -3,7 +3,20 @@ import { networkInterfaces } from 'node:os'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { localAddresses } from '../../../runners/container/network/guard.ts'
+import { trafficOf } from '../../../runners/container/network/meter.ts'
 import { Together } from '../../../runners/container/network/together.ts'
+
+test('bytes of an interface are read as its other end sees them', () => {
+  const text = `Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
+    lo:       1       2    0    0    0     0          0         0        3       4    0    0    0     0       0          0
+  box1:     100       3    0    0    0     0          0         0      200       5    0    0    0     0       0          0
+ box12:    1000       3    0    0    0     0          0         0 18446744       5    0    0    0     0       0          0
+`
+  assert.equal(trafficOf(text, 'box1'), { in: 200, out: 100 })
+  assert.equal(trafficOf(text, 'box12'), { in: 18_446_744, out: 1_000 })
+  assert.is(trafficOf(text, 'box2'), undefined)
+})
 
 test('what the kernel takes for itself is read from its table: addresses, broadcasts and whole prefixes', () => {
   const trie = `Main:

@@ -397,6 +397,18 @@ inWorld('the interface moves to the namespace of a process', async (world) => {
   assert.not.match(await runIn(`/proc/${container.pid}/ns/net`, 'ip', 'link'), /eth0/)
 })
 
+inWorld('what each box has sent and received is counted', async (world) => {
+  const { host } = await startNetworks(world)
+  const [box] = await Promise.all([host.call('open', 1, 'all'), host.call('open', 2, 'all')])
+  const [before, other] = [await host.call('traffic', 1), await host.call('traffic', 2)]
+  const targets = [tcp(places.allowed), tcp(places.allowed)]
+  each(await attempt(box!.path, targets), /^reached /, targets)
+  const after = await host.call('traffic', 1)
+  // Each way the three packets that make a connection, at least 40 bytes each.
+  assert.ok(after!.in - before!.in >= 160 && after!.out - before!.out >= 160, JSON.stringify([before, after]))
+  assert.ok((await host.call('traffic', 2))!.in - other!.in < 160)
+})
+
 inWorld('a way out that falls is replaced', async (world) => {
   const { host, pids } = await startNetworks(world)
   const box = await host.call('open', 1, 'all')

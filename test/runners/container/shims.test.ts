@@ -24,7 +24,10 @@ localTest('node: input, ctx, env, output', async () => {
   })) as Record<string, unknown>
   assert.equal(found, {
     input: { x: [1, null] },
-    keys: ['attempt', 'env', 'id', 'log', 'passThroughOnException', 'signal', 'traceparent', 'waitUntil'],
+    keys: [
+      ...['attempt', 'env', 'id', 'log', 'passThroughOnException', 'signal', 'span', 'traceparent'],
+      'waitUntil',
+    ],
     id: 'w1',
     attempt: 2,
     trace: '00-a-b-01',
