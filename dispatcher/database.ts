@@ -96,7 +96,7 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
 }
 
 /** The path of a `file:` URL; undefined for a remote one. */
-function filePath(url: string): string | undefined {
+export function filePath(url: string): string | undefined {
   if (!url.startsWith('file:')) return undefined
   return url.startsWith('file:/') ? fileURLToPath(url) : decodeURIComponent(url.slice('file:'.length))
 }

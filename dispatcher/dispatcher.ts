@@ -2,22 +2,30 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { serve } from '@hono/node-server'
 import { z } from 'zod'
+import { lostAfterMs } from '../shared/backends.ts'
 import { Blobs } from '../shared/blobs.ts'
 import { Bus } from '../shared/bus.ts'
 import { CommonConfig } from '../shared/config.ts'
 import { newProcessId } from '../shared/ids.ts'
+import { answerMetrics } from '../shared/metrics-answer.ts'
 import type { Logger } from '../shared/process.ts'
+import { countProcess } from '../shared/process-metrics.ts'
 import { Registry } from '../shared/registry.ts'
 import { ensureTopology } from '../shared/topology.ts'
+import { traceLinks } from '../shared/trace.ts'
+import { type Tracing, tracingOff } from '../shared/tracing.ts'
 import { openDatabase } from './database.ts'
+import { Figures } from './figures.ts'
 import { eventProjection } from './fold.ts'
 import { startLaneKeeper } from './lanes.ts'
 import { Live } from './live.ts'
 import { logProjection } from './logs.ts'
-import { project } from './project.ts'
+import { DispatcherMetrics } from './metrics.ts'
+import { project, type Told } from './project.ts'
 import { readsApp } from './reads.ts'
 import { startRetention } from './retention.ts'
 import { startSweeper } from './sweeper.ts'
+import { teller } from './tell.ts'
 import { startWatchdog } from './watchdog.ts'
 
 const hours = z.coerce.number().positive()
@@ -63,6 +71,9 @@ export const dispatcherVariables: Partial<Record<keyof DispatcherConfig, string>
 
 export interface DispatcherOptions extends DispatcherConfig {
   databaseUrl: string
+  /** Of this process, as in events; made up unless given. */
+  id?: string
+  tracing?: Tracing
   /** Milliseconds of silence after which a runner is lost, and between two sweeps; for tests. */
   lostAfterMs?: number
   sweepMs?: number
@@ -78,10 +89,16 @@ export interface Dispatcher extends AsyncDisposable {
 export async function startDispatcher(options: DispatcherOptions, log: Logger): Promise<Dispatcher> {
   await using scope = new AsyncDisposableStack()
   const stop = new AbortController()
-  const live = new Live()
+  const name = options.id ?? newProcessId('dispatcher')
+  const metrics = new DispatcherMetrics(name)
+  const live = new Live(metrics)
+  const figures = new Figures(live, options.databaseUrl, options.lostAfterMs ?? lostAfterMs)
+  metrics.read(figures)
+  countProcess(metrics.registry, options.restarts)
   const logsKeptMs = options.keepLogsH * 3_600_000
 
-  const app = readsApp({ live, logsKeptMs, log, stop: stop.signal })
+  const traceUrl = traceLinks(options.traceUrl)
+  const app = readsApp({ live, logsKeptMs, traceUrl, registry: metrics.registry, log, stop: stop.signal })
   const port = await new Promise<number>((resolve, reject) => {
     const server = serve(
       { fetch: app.fetch, hostname: options.dispatcherHost, port: options.dispatcherPort },
@@ -97,7 +114,7 @@ export async function startDispatcher(options: DispatcherOptions, log: Logger): 
     })
   })
 
-  const running = run(options, live, log, stop.signal).catch((error) => {
+  const running = run({ options, name, live, metrics, figures, log }, stop.signal).catch((error) => {
     if (!stop.signal.aborted) throw error
   })
   scope.defer(() => running)
@@ -108,12 +125,25 @@ export async function startDispatcher(options: DispatcherOptions, log: Logger): 
   return { url: `http://${host}:${port}`, live, [Symbol.asyncDispose]: () => resources.disposeAsync() }
 }
 
-async function run(options: DispatcherOptions, live: Live, log: Logger, stop: AbortSignal): Promise<void> {
-  const { topology } = options
-  const name = newProcessId('dispatcher')
+interface Running {
+  options: DispatcherOptions
+  /** Id of this process. */
+  name: string
+  live: Live
+  metrics: DispatcherMetrics
+  figures: Figures
+  log: Logger
+}
+
+async function run(
+  { options, name, live, metrics, figures, log }: Running,
+  stop: AbortSignal,
+): Promise<void> {
+  const { topology, tracing = tracingOff } = options
   const origin = { source: `/vulcan/dispatchers/${name}` }
   await using bus = await Bus.connect({ url: options.natsUrl, name }, stop)
   live.bus = bus
+  using _answers = answerMetrics(bus, name, metrics.registry)
   const ensure = async () => {
     await ensureTopology(bus.jsm, topology)
     live.blobs = await Blobs.open(bus, topology.replicas)
@@ -126,13 +156,16 @@ async function run(options: DispatcherOptions, live: Live, log: Logger, stop: Ab
     (error) => log.warn({ err: error }, 'waiting for the functions'),
   )
   using _registry = { [Symbol.dispose]: () => registry.close() }
-  const parts = { bus, live, origin, log }
+  figures.lanes = () => registry.lanes()
+  const parts = { bus, live, origin, tracing, metrics, log }
   using sweeper = startSweeper({ ...parts, lostAfterMs: options.lostAfterMs, sweepMs: options.sweepMs })
+  figures.heard = sweeper.runners
   using _watchdog = startWatchdog({
     bus,
     topology,
     lanes: () => registry.lanes(),
     runners: sweeper.runners,
+    metrics,
     log,
   })
   using _lanes = startLaneKeeper({ bus, topology, registry, log })
@@ -140,6 +173,7 @@ async function run(options: DispatcherOptions, live: Live, log: Logger, stop: Ab
     bus,
     live,
     registry,
+    metrics,
     log,
     keepWorkloadsMs: options.keepWorkloadsH * 3_600_000,
     keepLogsMs: options.keepLogsH * 3_600_000,
@@ -147,8 +181,10 @@ async function run(options: DispatcherOptions, live: Live, log: Logger, stop: Ab
     everyMs: options.retentionEveryS * 1_000,
   })
 
-  const events = eventProjection(log)
-  const logs = logProjection({ lines: options.logLines, bytes: options.logBytes }, log)
+  const events = eventProjection(log, teller(metrics, tracing))
+  const logs = logProjection({ lines: options.logLines, bytes: options.logBytes }, log, metrics)
+  const eventsTold: Told = { created: null, seq: 0 }
+  const logsTold: Told = { created: null, seq: 0 }
   // Each turn is the life of one database: where the file is deleted, the next is folded from the streams’ start.
   while (!stop.aborted) {
     const database = await untilDone(
@@ -165,10 +201,10 @@ async function run(options: DispatcherOptions, live: Live, log: Logger, stop: Ab
       live.databaseTrouble = error === undefined ? undefined : messageOf(error)
     }
     const life = AbortSignal.any([stop, database.lost])
-    const context = { bus, database, changes: live.changes, ensure, trouble, log }
+    const context = { bus, database, changes: live.changes, metrics, ensure, trouble, log }
     const folds = [
-      project({ ...context, projection: events, progress: live.events }, life),
-      project({ ...context, projection: logs, progress: live.logs }, life),
+      project({ ...context, projection: events, progress: live.events, told: eventsTold }, life),
+      project({ ...context, projection: logs, progress: live.logs, told: logsTold }, life),
     ]
     try {
       await Promise.all(folds)

@@ -5,11 +5,13 @@ import { eventSchemas, type LifecycleEvent } from '../shared/events.ts'
 import type { StoredMessage } from '../shared/follow.ts'
 import { bodyBlob, fold, hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
+import { workloadOf } from '../shared/subjects.ts'
 import { EVENTS } from '../shared/topology.ts'
-import type { Digest } from '../shared/workload.ts'
+import { traceFields } from '../shared/trace.ts'
+import type { Cause, Digest, FunctionRef, Isolation, Status, WorkloadId } from '../shared/workload.ts'
 import { type Database, Unfoldable } from './database.ts'
 import { parseJson, rarely } from './messages.ts'
-import type { Plan, Projection } from './project.ts'
+import type { Batch, Plan, Projection } from './project.ts'
 import { workloads } from './schema.ts'
 
 /** Bytes of accepted events whose records are kept at hand, so that the next event needs no SELECT. */
@@ -26,12 +28,21 @@ interface Known {
   spec: string
 }
 
+/**
+ * What a batch changes. Of a workload that has ended only the row is kept: hardly anything moves it again, and what
+ * the row was made of is garbage while it is young, which under load is a third of the fold’s time.
+ */
+type Changed = Known | { row: Row }
+
 export const toRecord = (row: StoredRecord): WorkloadRecord => ({
   ...JSON.parse(row.record),
   output: row.output === null ? null : JSON.parse(row.output),
   response: row.response === null ? null : JSON.parse(row.response),
   spec: JSON.parse(row.spec),
 })
+
+const toKnown = (changed: Changed): Known =>
+  'row' in changed ? { record: toRecord(changed.row), spec: changed.row.spec } : changed
 
 function toRow({ record, spec }: Known): Row {
   return {
@@ -86,17 +97,16 @@ const upsertTail = ` ON CONFLICT (id) DO UPDATE SET ${names
 const rowHolder = `(${names.map(() => '?').join(', ')})`
 
 /** Writes the rows, except where the database already knows more of the workload. */
-export function upsert(known: Iterable<Known>): InStatement[] {
+export function upsert(rows: Iterable<Row>): InStatement[] {
   const statements: InStatement[] = []
   let args: InValue[] = []
   const flush = () => {
-    const rows = args.length / names.length
-    if (rows > 0)
-      statements.push({ sql: upsertHead + Array(rows).fill(rowHolder).join(', ') + upsertTail, args })
+    const held = args.length / names.length
+    if (held > 0)
+      statements.push({ sql: upsertHead + Array(held).fill(rowHolder).join(', ') + upsertTail, args })
     args = []
   }
-  for (const one of known) {
-    const row = toRow(one)
+  for (const row of rows) {
     for (const [key] of columns) args.push(row[key])
     if (args.length >= rowsPerStatement * names.length) flush()
   }
@@ -122,7 +132,41 @@ export function parseEvent(message: StoredMessage): Parsed {
     : undefined
 }
 
-export function eventProjection(log: Logger): Projection {
+/** What an event that moved its workload says to whoever counts and traces; nothing of its size is kept for that. */
+export interface Step {
+  seq: number
+  event: Pick<LifecycleEvent, 'id' | 'type' | 'traceparent'>
+  workload: WorkloadId
+  isolation: Isolation
+  function: FunctionRef | null
+  attempt: number
+  status: Status
+  cause: Cause | null
+  /** Of the failure, where it is one. */
+  message: string | undefined
+  queueMs: number | null
+  durationMs: number | null
+}
+
+const toStep = ({ id, type, traceparent }: LifecycleEvent, record: WorkloadRecord, seq: number): Step => ({
+  seq,
+  event: { id, type, traceparent },
+  workload: record.id,
+  isolation: record.isolation,
+  function: record.function,
+  attempt: record.attempts,
+  status: record.status,
+  cause: record.cause,
+  message: record.error?.message,
+  queueMs: record.queue_ms,
+  durationMs: record.duration_ms,
+})
+
+/** @param tell told of every committed batch, with the steps in it that are new */
+export function eventProjection(
+  log: Logger,
+  tell: (steps: Step[], batch: Batch) => void = () => {},
+): Projection {
   const recent = new Map<string, Known>()
   let bytes = 0
   const forget = (id: string) => {
@@ -133,8 +177,6 @@ export function eventProjection(log: Logger): Projection {
   }
   const remember = (id: string, known: Known) => {
     forget(id)
-    // What has ended is hardly ever asked for again.
-    if (hasEnded(known.record.status)) return
     recent.set(id, known)
     bytes += known.spec.length
     for (const oldest of recent.keys()) {
@@ -146,7 +188,16 @@ export function eventProjection(log: Logger): Projection {
     log.warn({ seq: message.seq, subject: message.subject }, 'skipped a message that is not a valid event'),
   )
   const sayIllegal = rarely((event: LifecycleEvent, reason: string) =>
-    log.warn({ workload: event.subject, event: event.id, source: event.source, reason }, 'refused an event'),
+    log.warn(
+      {
+        workload: event.subject,
+        ...traceFields(event.traceparent),
+        event: event.id,
+        source: event.source,
+        reason,
+      },
+      'refused an event',
+    ),
   )
 
   return {
@@ -160,47 +211,62 @@ export function eventProjection(log: Logger): Projection {
       bytes = 0
     },
     async plan(database, messages): Promise<Plan> {
-      const parsed = messages.map(parseEvent)
       const unknown = new Set<string>()
-      for (const one of parsed)
-        if (one !== undefined && 'event' in one && !recent.has(one.event.subject))
-          unknown.add(one.event.subject)
+      for (const { subject } of messages) {
+        const id = subject.startsWith('vulcan.events.') ? workloadOf(subject) : undefined
+        if (id !== undefined && !recent.has(id)) unknown.add(id)
+      }
       const stored = await readKnown(database, unknown)
 
-      const changed = new Map<string, Known>()
-      const begun: WorkloadRecord[] = []
+      const changed = new Map<string, Changed>()
+      const begun: [acceptedSeq: number, name: string, value: string][] = []
+      const steps: Step[] = []
       const counted = new Map<string, number[]>()
       const count = (name: string, seq: number) => {
         const seqs = counted.get(name)
         if (seqs === undefined) counted.set(name, [seq])
         else seqs.push(seq)
       }
-      for (const [i, one] of parsed.entries()) {
-        const message = messages[i]!
-        if (one === undefined) {
-          sayInvalid(message)
-          count('invalid', message.seq)
-        } else if ('late' in one) count(`late.${one.late}`, message.seq)
-        else {
-          const { event } = one
-          const known = changed.get(event.subject) ?? recent.get(event.subject) ?? stored.get(event.subject)
-          const folded = foldable(() => fold(known?.record, event, message.seq))
-          if ('illegal' in folded) {
-            sayIllegal(event, folded.illegal)
-            count(`illegal.${folded.illegal}`, message.seq)
-          } else if ('record' in folded) {
-            const { record } = folded
-            changed.set(event.subject, { record, spec: known?.spec ?? JSON.stringify(record.spec) })
-            if (known === undefined) begun.push(record)
-          }
+      const move = (event: LifecycleEvent, seq: number) => {
+        const id = event.subject
+        const before = changed.get(id)
+        const known = before === undefined ? (recent.get(id) ?? stored.get(id)) : toKnown(before)
+        const folded = fold(known?.record, event, seq)
+        if ('illegal' in folded) {
+          sayIllegal(event, folded.illegal)
+          count(`illegal.${folded.illegal}`, seq)
+        } else if ('record' in folded) {
+          const { record } = folded
+          const now = { record, spec: known?.spec ?? JSON.stringify(record.spec) }
+          changed.set(id, hasEnded(record.status) ? { row: toRow(now) } : now)
+          if (known === undefined)
+            for (const [name, value] of Object.entries(record.labels)) begun.push([seq, name, value])
+          else steps.push(toStep(event, record, seq))
         }
       }
+      for (const message of messages) {
+        const parsed = parseEvent(message)
+        if (parsed === undefined) {
+          sayInvalid(message)
+          count('invalid', message.seq)
+        } else if ('late' in parsed) count(`late.${parsed.late}`, message.seq)
+        else foldable(() => move(parsed.event, message.seq))
+      }
+      const rows = function* () {
+        for (const one of changed.values()) yield 'row' in one ? one.row : toRow(one)
+      }
       return {
-        statements: foldable(() => [...upsert(changed.values()), ...labels(begun)]),
+        statements: foldable(() => [...upsert(rows()), ...labels(begun)]),
         touched: changed.keys(),
         counted,
         committed() {
-          for (const [id, known] of changed) remember(id, known)
+          for (const [id, one] of changed)
+            if ('row' in one) forget(id)
+            else remember(id, one)
+        },
+        tell(batch) {
+          const { toldTo } = batch
+          tell(toldTo < messages[0]!.seq ? steps : steps.filter(({ seq }) => seq > toldTo), batch)
         },
       }
     },
@@ -231,16 +297,13 @@ async function readKnown({ orm }: Database, ids: Set<string>): Promise<Map<strin
   return new Map(rows.map((row) => [row.id, { record: toRecord(row), spec: row.spec }]))
 }
 
-function labels(begun: WorkloadRecord[]): InStatement[] {
-  const rows = begun.flatMap(({ accepted_seq, labels }) =>
-    Object.entries(labels).map(([name, value]) => [accepted_seq, name, value]),
-  )
-  if (rows.length === 0) return []
+function labels(begun: [acceptedSeq: number, name: string, value: string][]): InStatement[] {
+  if (begun.length === 0) return []
   return [
     {
       sql: `INSERT OR IGNORE INTO workload_labels (accepted_seq, name, value)
         SELECT value->>0, value->>1, value->>2 FROM json_each(?)`,
-      args: [JSON.stringify(rows)],
+      args: [JSON.stringify(begun)],
     },
   ]
 }

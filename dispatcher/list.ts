@@ -2,6 +2,7 @@
 import { and, desc, eq, exists, gte, inArray, lt, type SQL, sql } from 'drizzle-orm'
 import { toWorkload } from '../shared/lifecycle.ts'
 import { type ListedWorkload, type ListQuery, nextCursor, type WorkloadList } from '../shared/reads.ts'
+import type { TraceLink } from '../shared/trace.ts'
 import type { Database } from './database.ts'
 import { toRecord } from './fold.ts'
 import { workloadLabels, workloads } from './schema.ts'
@@ -9,7 +10,11 @@ import { workloadLabels, workloads } from './schema.ts'
 /** Milliseconds by which the clocks of two gateways may differ. */
 const clockSkewMs = 60_000
 
-export async function listWorkloads({ orm }: Database, query: ListQuery): Promise<WorkloadList> {
+export async function listWorkloads(
+  { orm }: Database,
+  query: ListQuery,
+  traceUrl: TraceLink,
+): Promise<WorkloadList> {
   const filters: (SQL | undefined)[] = []
   if (query.status !== undefined) filters.push(inArray(workloads.status, query.status))
   if (query.isolation !== undefined) filters.push(inArray(workloads.isolation, query.isolation))
@@ -71,14 +76,16 @@ export async function listWorkloads({ orm }: Database, query: ListQuery): Promis
 
   const page = rows.slice(0, query.limit)
   return {
-    workloads: page.map(({ record }) => listed(record)),
+    workloads: page.map(({ record }) => listed(record, traceUrl)),
     next_cursor: rows.length > query.limit ? nextCursor(page.at(-1)!.acceptedSeq) : null,
   }
 }
 
-function listed(record: string): ListedWorkload {
+function listed(record: string, traceUrl: TraceLink): ListedWorkload {
   const { output: _, ...workload } = toWorkload(
     toRecord({ record, output: null, response: null, spec: 'null' }),
+    null,
+    traceUrl,
   )
   return workload
 }

@@ -3,6 +3,7 @@ import type { Blobs } from '../shared/blobs.ts'
 import type { Bus } from '../shared/bus.ts'
 import { Problem } from '../shared/errors.ts'
 import { type Database, wasReplaced } from './database.ts'
+import type { DispatcherMetrics } from './metrics.ts'
 import { Changes, Progress } from './progress.ts'
 
 export class Live {
@@ -15,6 +16,11 @@ export class Live {
   readonly events = new Progress()
   readonly logs = new Progress()
   readonly changes = new Changes()
+  readonly #metrics: DispatcherMetrics
+
+  constructor(metrics: DispatcherMetrics) {
+    this.#metrics = metrics
+  }
 
   get connectedBus(): Bus | undefined {
     return this.bus?.connected ? this.bus : undefined
@@ -23,12 +29,13 @@ export class Live {
   /** Runs a query; whatever keeps the database from answering becomes `database_unavailable`. */
   async read<T>(act: (database: Database) => Promise<T>): Promise<T> {
     const { database } = this
+    const measured = (on: Database) => this.#metrics.database('read', () => act(on))
     if (database === undefined) throw unavailable(this.databaseTrouble)
     try {
-      return await act(database)
+      return await measured(database)
     } catch (cause) {
       if (cause instanceof Problem) throw cause
-      if (wasReplaced(cause) && database === this.database) return await act(database).catch(failed)
+      if (wasReplaced(cause) && database === this.database) return await measured(database).catch(failed)
       return await failed(cause)
     }
     async function failed(cause: unknown): Promise<never> {

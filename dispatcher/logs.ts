@@ -12,6 +12,7 @@ import { LOGS } from '../shared/topology.ts'
 import type { LogLine } from '../shared/workload.ts'
 import type { Database } from './database.ts'
 import { parseJson, rarely } from './messages.ts'
+import type { DispatcherMetrics } from './metrics.ts'
 import type { Plan, Projection } from './project.ts'
 import { logBatches } from './schema.ts'
 
@@ -37,7 +38,8 @@ type Row = typeof logBatches.$inferSelect
 const sizeOf = (line: LogLine): number => line.text.length + 64
 
 /**
- * The row of a batch and the tally after it; undefined for a batch that was delivered before. Pure.
+ * The row of a batch, the tally after it, and how many lines are beyond the workload’s limit; undefined for a batch
+ * that was delivered before. Pure.
  * A batch number that comes late, behind a higher one, counts as delivered before: readers have passed its place.
  */
 export function tallyBatch(
@@ -45,7 +47,7 @@ export function tallyBatch(
   event: LogEvent,
   message: Pick<StoredMessage, 'seq' | 'at'>,
   limits: LogLimits,
-): { row: Row; tally: Tally } | undefined {
+): { row: Row; tally: Tally; cut: number } | undefined {
   const { attempt, n, lines, dropped } = event.data
   const before = tally.attempts.get(attempt) ?? { n: 0, dropped: 0 }
   if (n <= before.n) return undefined
@@ -60,7 +62,9 @@ export function tallyBatch(
       if (kept !== lines) kept.push(line)
     } else if (kept === lines) kept = lines.slice(0, i)
   }
+  const cut = lines.length - kept.length
   return {
+    cut,
     row: {
       seq: message.seq,
       workload: event.subject,
@@ -69,7 +73,7 @@ export function tallyBatch(
       missing: n - before.n - 1,
       lineCount: kept.length,
       bytes: byteTotal - tally.bytes,
-      dropped: lines.length - kept.length + Math.max(0, dropped - before.dropped),
+      dropped: cut + Math.max(0, dropped - before.dropped),
       droppedByRunner: dropped,
       at: message.at,
       lines: JSON.stringify(kept),
@@ -84,7 +88,12 @@ export function tallyBatch(
 
 const empty: Tally = { lines: 0, bytes: 0, attempts: new Map() }
 
-export function logProjection(limits: LogLimits, log: Logger): Projection {
+/** @param metrics counts the lines that are new */
+export function logProjection(
+  limits: LogLimits,
+  log: Logger,
+  metrics: Pick<DispatcherMetrics, 'logged'>,
+): Projection {
   const recent = new Map<string, Tally>()
   const sayInvalid = rarely((message: StoredMessage) =>
     log.warn(
@@ -117,6 +126,7 @@ export function logProjection(limits: LogLimits, log: Logger): Projection {
       const stored = await readTallies(database, unknown, messages[0]!.seq)
       const tallies = new Map<string, Tally>()
       const rows: Row[] = []
+      const cuts: number[] = []
       for (const { event, message } of valid) {
         const id = event.subject
         const before = tallies.get(id) ?? recent.get(id) ?? stored.get(id) ?? empty
@@ -124,6 +134,7 @@ export function logProjection(limits: LogLimits, log: Logger): Projection {
         if (after === undefined) continue
         tallies.set(id, after.tally)
         rows.push(after.row)
+        cuts.push(after.cut)
       }
       return {
         statements: insert(rows),
@@ -137,6 +148,13 @@ export function logProjection(limits: LogLimits, log: Logger): Projection {
           for (const oldest of recent.keys()) {
             if (recent.size <= recentWorkloads) break
             recent.delete(oldest)
+          }
+        },
+        tell({ toldTo }) {
+          for (const [i, row] of rows.entries()) {
+            if (row.seq <= toldTo) continue
+            const cut = cuts[i]!
+            metrics.logged(row.lineCount, row.dropped - cut, cut, row.missing)
           }
         },
       }

@@ -4,6 +4,8 @@ export class Progress {
   seq = 0
   /** True once everything stored has been folded, since the database was opened. */
   caughtUp = false
+  /** False until a database has said it. */
+  isKnown = false
   /** Asks whoever folds to commit what has arrived. */
   hurry: () => void = () => {}
   #behind: () => number | undefined = () => undefined
@@ -31,6 +33,7 @@ export class Progress {
   /** Begins again behind `seq`, on another database or stream; `behind` says how much is left. */
   restart(seq: number, behind: () => number | undefined, hurry: () => void): void {
     this.caughtUp = false
+    this.isKnown = true
     this.#behind = behind
     this.hurry = hurry
     this.seq = seq

@@ -8,7 +8,9 @@ import { eq } from 'drizzle-orm'
 import type { Bus } from '../shared/bus.ts'
 import { Follower, type StoredMessage, type StreamPlace, StreamReplaced } from '../shared/follow.ts'
 import type { Logger } from '../shared/process.ts'
+import { preciseNow } from '../shared/tracing.ts'
 import { type Database, isHopeless } from './database.ts'
+import type { DispatcherMetrics } from './metrics.ts'
 import type { Changes, Progress } from './progress.ts'
 import { checkpoints } from './schema.ts'
 
@@ -22,7 +24,26 @@ export interface Plan {
   touched: Iterable<string>
   /** Sequences of messages to be counted, by counter. */
   counted: Map<string, number[]>
+  /** It is in the database. */
   committed(): void
+  /** After `committed`: to count and trace what the messages say. */
+  tell(batch: Batch): void
+}
+
+/** What is known of a committed batch besides its messages. */
+export interface Batch {
+  /** Messages up to this sequence were told before: by another process, or from another database. */
+  toldTo: number
+  messages: number
+  /** When it was read, ms since the epoch with fractions. */
+  readAt: number
+}
+
+/** Up to where this process has told of a stream, whatever became of the database. */
+export interface Told {
+  /** Creation time of that stream. */
+  created: string | null
+  seq: number
 }
 
 /** How the messages of a stream become rows. */
@@ -37,7 +58,7 @@ export interface Projection {
   /** Empties its tables. */
   clear: string[]
   /** Prefix of its counters. */
-  counter: string
+  counter: 'events' | 'logs'
 }
 
 export interface ProjectContext {
@@ -45,7 +66,10 @@ export interface ProjectContext {
   database: Database
   projection: Projection
   progress: Progress
+  /** Changed here. */
+  told: Told
   changes: Changes
+  metrics: DispatcherMetrics
   /** Brings the streams into being where they are missing. */
   ensure(): Promise<void>
   /** Told of every failed try and, with undefined, of the next that succeeds. */
@@ -61,14 +85,18 @@ export async function project(context: ProjectContext, signal: AbortSignal): Pro
     const place = await persist(context, signal, () => readPlace(database, stream))
     projection.forget()
     await using follower = new Follower(bus, { stream, place, batch: batchMessages, lingerMs, ensure })
+    let isNew = place.created === null
     let inHand = 0
     const behind = () => (follower.behind === undefined ? undefined : follower.behind + inHand)
     progress.restart(place.seq, behind, () => follower.hurry())
     try {
       for (;;) {
         const messages = await follower.next(signal)
+        const created = follower.created!
         inHand = messages.length
-        await commit(context, messages, follower.created!, signal)
+        const toldBefore = isNew ? (toldOf(context.told, created) ?? follower.heldAtFirst) : undefined
+        await commit(context, { messages, created, readAt: preciseNow(), toldBefore }, signal)
+        isNew = false
         inHand = 0
         progress.advance(messages.at(-1)!.seq)
       }
@@ -96,47 +124,110 @@ async function clear({ database, projection }: ProjectContext, place: StreamPlac
       ...projection.clear,
       { sql: `DELETE FROM counters WHERE name LIKE ?`, args: [`${projection.counter}.%`] },
       { sql: 'DELETE FROM checkpoints WHERE stream = ?', args: [projection.stream] },
+      { sql: 'DELETE FROM told WHERE stream = ?', args: [projection.stream] },
     ],
     'write',
   )
 }
 
+interface Taken {
+  messages: StoredMessage[]
+  /** Creation time of their stream. */
+  created: string
+  readAt: number
+  /** With the first messages of a new database: up to where the stream was told of before it was made. */
+  toldBefore: number | undefined
+}
+
+const toldOf = (told: Told, created: string): number | undefined =>
+  told.created === created ? told.seq : undefined
+
 /** Commits the messages, halving them where one of them cannot be stored, and counting that one out. */
-async function commit(
-  context: ProjectContext,
-  messages: StoredMessage[],
-  created: string,
-  signal: AbortSignal,
-): Promise<void> {
-  const { database, projection, changes, log } = context
-  const { stream, counter } = projection
+async function commit(context: ProjectContext, taken: Taken, signal: AbortSignal): Promise<void> {
+  const { database, projection, changes, metrics, log } = context
+  const { messages } = taken
+  const { stream } = projection
   const last = messages.at(-1)!
-  const bookkeeping = (counted: Map<string, number[]>): InStatement[] => [
-    ...[...counted].map(([name, seqs]) => count(`${counter}.${name}`, seqs)),
-    { sql: setCheckpoint, args: [stream, last.seq, last.at, created] },
-  ]
   try {
-    await persist(context, signal, async () => {
+    const done = await persist(context, signal, async () => {
+      const before = performance.now()
       const plan = await projection.plan(database, messages)
-      await database.client.batch([...plan.statements, ...bookkeeping(plan.counted)], 'write')
+      metrics.planned(stream, messages.length, (performance.now() - before) / 1_000)
+      const told = await write(context, taken, plan.statements, plan.counted)
       plan.committed()
       changes.committed(plan.touched)
+      return { plan, told }
     })
+    tell(context, taken, done.plan, done.told)
   } catch (error) {
     if (!isHopeless(error)) throw error
     projection.forget()
     if (messages.length > 1) {
       const half = messages.length >> 1
-      await commit(context, messages.slice(0, half), created, signal)
-      await commit(context, messages.slice(half), created, signal)
+      await commit(context, { ...taken, messages: messages.slice(0, half) }, signal)
+      await commit(context, { ...taken, messages: messages.slice(half) }, signal)
       return
     }
     log.error({ stream, seq: last.seq, err: error }, 'skipped a message that cannot be stored')
-    const statements = bookkeeping(new Map([['unstorable', [last.seq]]]))
-    await persist(context, signal, () => database.client.batch(statements, 'write'))
+    const counted = new Map([['unstorable', [last.seq]]])
+    const told = await persist(context, signal, () => write(context, taken, [], counted))
+    tell(context, taken, { counted, tell() {} }, told)
   }
 }
 
+/** One transaction. Resolves to the sequence up to which messages of the stream were told of before it. */
+async function write(
+  { database, projection, metrics }: ProjectContext,
+  { messages, created, toldBefore }: Taken,
+  statements: InStatement[],
+  counted: Map<string, number[]>,
+): Promise<number> {
+  const { stream, counter } = projection
+  const last = messages.at(-1)!
+  const [first] = await metrics.database(`fold ${counter}`, () =>
+    database.client.batch(
+      [
+        { sql: readTold, args: [stream, created] },
+        ...statements,
+        ...[...counted].map(([name, seqs]) => count(`${counter}.${name}`, seqs)),
+        ...(toldBefore === undefined ? [] : [{ sql: setTold, args: [stream, toldBefore] }]),
+        { sql: setCheckpoint, args: [stream, last.seq, last.at, created] },
+      ],
+      'write',
+    ),
+  )
+  return Math.max(Number(first!.rows[0]!.told), toldBefore ?? 0)
+}
+
+/** Counts and traces what is new in a committed batch. */
+function tell(
+  { projection, told, metrics }: ProjectContext,
+  { messages, created, readAt }: Taken,
+  plan: Pick<Plan, 'counted' | 'tell'>,
+  toldInDatabase: number,
+): void {
+  const { stream } = projection
+  const last = messages.at(-1)!
+  const toldTo = Math.max(toldInDatabase, toldOf(told, created) ?? 0)
+  if (last.seq <= toldTo) return
+  told.created = created
+  told.seq = last.seq
+  const firstNew = messages.find(({ seq }) => seq > toldTo)!
+  metrics.committed(stream, (Date.now() - firstNew.at) / 1_000)
+  for (const [name, seqs] of plan.counted)
+    metrics.refused(stream, name, seqs.filter((seq) => seq > toldTo).length)
+  plan.tell({ toldTo, messages: messages.length, readAt })
+}
+
+/**
+ * The checkpoint says up to where messages were told of, as whoever moves it tells of those behind it. In a database
+ * that was made anew those are not new that were stored before it was made.
+ */
+const readTold = `SELECT max(
+    coalesce((SELECT seq FROM checkpoints WHERE stream = ?1 AND created = ?2), 0),
+    coalesce((SELECT seq FROM told WHERE stream = ?1), 0)
+  ) AS told`
+const setTold = 'INSERT OR IGNORE INTO told (stream, seq) VALUES (?, ?)'
 const setCheckpoint = `INSERT INTO checkpoints (stream, seq, at, created) VALUES (?, ?, ?, ?)
   ON CONFLICT (stream) DO UPDATE SET seq = excluded.seq, at = excluded.at, created = excluded.created
   WHERE excluded.seq > seq OR excluded.created <> created`

@@ -5,6 +5,7 @@
 import { Hono } from 'hono'
 import { Problem } from '../shared/errors.ts'
 import { toWorkload } from '../shared/lifecycle.ts'
+import { familiesOf, metricsPage, type Registry } from '../shared/metrics.ts'
 import type { Logger } from '../shared/process.ts'
 import {
   type DispatcherReadiness,
@@ -15,11 +16,13 @@ import {
   parseQuery,
   StatsQuery,
 } from '../shared/reads.ts'
+import type { TraceLink } from '../shared/trace.ts'
 import { type FoundRow, freshRow } from './find.ts'
 import { toRecord } from './fold.ts'
 import { listWorkloads } from './list.ts'
 import type { Live } from './live.ts'
 import { logPage } from './logreads.ts'
+import { partsOf } from './readiness.ts'
 import { logStream } from './sse.ts'
 import { readStats } from './stats.ts'
 
@@ -27,29 +30,30 @@ import { readStats } from './stats.ts'
 const statsFreshMs = 2_000
 /** Statistics look back this far (ms) unless told. */
 const statsWindowMs = 24 * 3_600_000
-/** Messages not yet folded, up to which the fold counts as ready. */
-const readyLag = 20_000
 
 export interface ReadsOptions {
   live: Live
   logsKeptMs: number
+  traceUrl: TraceLink
+  /** Of what the dispatcher counts. */
+  registry: Registry
   log: Logger
   /** Ends open log streams. */
   stop: AbortSignal
 }
 
-export function readsApp({ live, logsKeptMs, log, stop }: ReadsOptions): Hono {
+export function readsApp({ live, logsKeptMs, traceUrl, registry, log, stop }: ReadsOptions): Hono {
   const app = new Hono()
   let stats: { window: string; until: number; body: Promise<string> } | undefined
 
   app.get('/v1/workloads', async (c) => {
     const query = parseQuery(ListQuery, new URL(c.req.url).searchParams)
-    return c.json(await live.read((database) => listWorkloads(database, query)))
+    return c.json(await live.read((database) => listWorkloads(database, query, traceUrl)))
   })
 
   app.get('/v1/workloads/:id', async (c) => {
     const row = await freshRow(live, c.req.param('id'))
-    return json(await workloadJson(live, row))
+    return json(await workloadJson(live, row, traceUrl))
   })
 
   app.get('/internal/workloads/:id', async (c) => c.json(toRecord(await freshRow(live, c.req.param('id')))))
@@ -90,8 +94,14 @@ export function readsApp({ live, logsKeptMs, log, stop }: ReadsOptions): Hono {
   app.get('/healthz', (c) => c.json({ alive: true }))
 
   app.get('/readyz', (c) => {
-    const readiness = readinessOf(live)
-    return c.json(readiness, readiness.ready ? 200 : 503)
+    const parts = partsOf(live)
+    const ready = parts.bus.ready && parts.database.ready && parts.fold.ready
+    return c.json({ ready, parts } satisfies DispatcherReadiness, ready ? 200 : 503)
+  })
+
+  app.get('/metrics', async (c) => {
+    const { body, contentType } = await metricsPage(await familiesOf(registry), c.req.header('accept'))
+    return new Response(body, { headers: { 'content-type': contentType } })
   })
 
   app.notFound((c) =>
@@ -109,9 +119,13 @@ const json = (body: string | Uint8Array<ArrayBuffer>) =>
   new Response(body, { headers: { 'content-type': 'application/json' } })
 
 /** The public answer as JSON. An output is put in as it was stored, without being parsed: it can be 64 MB. */
-async function workloadJson(live: Live, row: FoundRow): Promise<string | Uint8Array<ArrayBuffer>> {
+async function workloadJson(
+  live: Live,
+  row: FoundRow,
+  traceUrl: TraceLink,
+): Promise<string | Uint8Array<ArrayBuffer>> {
   const record = toRecord({ record: row.record, output: null, response: null, spec: 'null' })
-  const { output: _, ...rest } = toWorkload(record)
+  const { output: _, ...rest } = toWorkload(record, null, traceUrl)
   const head = `${JSON.stringify(rest).slice(0, -1)},"output":`
   if (record.output_blob === null) return `${head}${row.output ?? 'null'}}`
   if (live.connectedBus === undefined || live.blobs === undefined)
@@ -129,20 +143,4 @@ function problemResponse(problem: Problem): Response {
   const headers = new Headers({ 'content-type': 'application/problem+json' })
   if (problem.retryAfterS !== undefined) headers.set('retry-after', String(problem.retryAfterS))
   return new Response(JSON.stringify(problem), { status: problem.status, headers })
-}
-
-function readinessOf(live: Live): DispatcherReadiness {
-  const lagEvents = live.events.lag
-  const lagLogs = live.logs.lag
-  const bus = live.connectedBus !== undefined
-  const database = live.database !== undefined && live.databaseTrouble === undefined
-  const fold = live.events.caughtUp && (lagEvents ?? 0) <= readyLag
-  return {
-    ready: bus && database && fold,
-    parts: {
-      bus: { ready: bus, reason: bus ? null : 'not connected to the message bus' },
-      database: { ready: database, reason: live.databaseTrouble ?? null },
-      fold: { ready: fold, lag_events: lagEvents ?? null, lag_logs: lagLogs ?? null },
-    },
-  }
 }

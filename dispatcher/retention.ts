@@ -9,6 +9,7 @@ import { EVENTS } from '../shared/topology.ts'
 import type { Digest } from '../shared/workload.ts'
 import type { Database } from './database.ts'
 import type { Live } from './live.ts'
+import type { DispatcherMetrics } from './metrics.ts'
 import { logBatches, workloadLabels, workloads } from './schema.ts'
 
 /** Rows removed in one transaction, so that the fold and the readers come between. */
@@ -20,6 +21,7 @@ export interface RetentionOptions {
   bus: Bus
   live: Live
   registry: Pick<Registry, 'versions'>
+  metrics: DispatcherMetrics
   log: Logger
   keepWorkloadsMs: number
   keepLogsMs: number
@@ -133,7 +135,7 @@ export async function sweepBlobs(
 }
 
 export function startRetention(options: RetentionOptions): AsyncDisposable {
-  const { live, log, keepWorkloadsMs, keepLogsMs, everyMs } = options
+  const { live, metrics, log, keepWorkloadsMs, keepLogsMs, everyMs } = options
   const stop = new AbortController()
   const suspects = new Set<Digest>()
 
@@ -142,6 +144,9 @@ export function startRetention(options: RetentionOptions): AsyncDisposable {
     const logs = await live.read((database) => removeLogs(database, now - keepLogsMs))
     const rows = await live.read((database) => removeWorkloads(database, new Date(now - keepWorkloadsMs)))
     const blobs = await sweepBlobs(options, suspects)
+    metrics.removed('workloads', rows)
+    metrics.removed('log_batches', logs)
+    metrics.removed('blobs', blobs)
     if (logs + rows + blobs > 0)
       log.info({ workloads: rows, logBatches: logs, blobs }, 'removed what was too old')
   }

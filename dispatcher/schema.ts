@@ -101,3 +101,9 @@ export const counters = sqliteTable('counters', {
   value: integer('value').notNull(),
   lastSeq: integer('last_seq').notNull(),
 })
+
+/** Up to where each stream was counted and traced before this database was made, and so is not again. */
+export const told = sqliteTable('told', {
+  stream: text('stream').primaryKey(),
+  seq: integer('seq').notNull(),
+})

@@ -10,8 +10,11 @@ import { makeEvent, type Origin } from '../shared/events.ts'
 import { mayRetry, retryDelay, type WorkloadRecord } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
 import { allRunners, eventSubject } from '../shared/subjects.ts'
+import { traceFields } from '../shared/trace.ts'
+import type { Tracing } from '../shared/tracing.ts'
 import { toRecord } from './fold.ts'
 import type { Live } from './live.ts'
+import type { DispatcherMetrics } from './metrics.ts'
 import { workloads } from './schema.ts'
 
 export const sweepMs = 3_000
@@ -78,13 +81,15 @@ export interface SweeperOptions {
   bus: Bus
   live: Live
   origin: Origin
+  tracing: Tracing
+  metrics: DispatcherMetrics
   log: Logger
   lostAfterMs?: number | undefined
   sweepMs?: number | undefined
 }
 
 export function startSweeper(options: SweeperOptions): Sweeper {
-  const { bus, live, origin, log } = options
+  const { bus, live, origin, tracing, metrics, log } = options
   const every = options.sweepMs ?? sweepMs
   const runners = new Map<string, { heartbeat: Heartbeat; at: number }>()
   const missedSince = new Map<string, number>()
@@ -138,25 +143,67 @@ export function startSweeper(options: SweeperOptions): Sweeper {
         .limit(atMost),
     )
     let ended = 0
+    let moved = 0
     for (let i = 0; i < rows.length; i += atOnce) {
       const publishing = rows.slice(i, i + atOnce).map(async (row) => {
-        const record = toRecord(row)
-        const event = runnerLostEvent(record, origin, Date.now())
-        const kind = event.type === 'vulcan.workload.failed' ? 'failed' : 'retrying'
-        const subject = eventSubject(record.id, kind)
-        const settled = await bus.settleEvent(
-          subject,
-          event,
-          record.last_seq,
-          AbortSignal.timeout(settleMs),
-          0,
-        )
-        if (settled.stored) ended++
+        const { stored, seq } = await endOne(toRecord(row))
+        if (stored) ended++
+        moved = Math.max(moved, seq)
       })
       await Promise.all(publishing)
     }
+    // Else the next sweep finds the same again.
+    await live.events.reached(moved, settleMs)
     if (ended > 0)
       log.warn({ runners: lost, workloads: ended }, 'runners are lost; ended what they had or put it back')
+  }
+
+  /** Whether what was decided is what stands, and the sequence of what does. */
+  async function endOne(record: WorkloadRecord): Promise<{ stored: boolean; seq: number }> {
+    const { id, isolation } = record
+    // Both are gone from the stream where it keeps less than the database does.
+    const [accepted, started] = await Promise.all([
+      bus.acceptedEvent(id),
+      tracing.on ? bus.startedEvent(id) : undefined,
+    ])
+    const parent = accepted?.event.traceparent
+    const event = runnerLostEvent(record, { ...origin, traceparent: parent }, Date.now())
+    const kind = event.type === 'vulcan.workload.failed' ? 'failed' : 'retrying'
+    const span =
+      parent === undefined || !tracing.on
+        ? undefined
+        : tracing.begin(`publish ${kind}`, {
+            kind: 'producer',
+            parent,
+            // Of the attempt that was lost: what its runner kept of the trace went with it.
+            links: [started?.event.traceparent],
+            attributes: publishing(record, kind, event.id),
+          })
+    if (span !== undefined) event.traceparent = span.traceparent
+    try {
+      const settled = await bus.settleEvent(
+        eventSubject(id, kind),
+        event,
+        record.last_seq,
+        AbortSignal.timeout(settleMs),
+        0,
+      )
+      if (!settled.stored) {
+        span?.set({ 'vulcan.refused': true })
+        return { stored: false, seq: settled.last?.seq ?? 0 }
+      }
+      if (event.type === 'vulcan.workload.retrying')
+        span?.event('retry', { 'vulcan.not_before': event.data.not_before })
+      span?.fail('runner_lost', event.data.error?.message)
+      metrics.swept(isolation, kind)
+      log.debug({ workload: id, ...traceFields(event.traceparent), kind }, 'ended what a lost runner had')
+      return { stored: true, seq: settled.seq }
+    } catch (error) {
+      span?.fail((error as Error).name, (error as Error).message)
+      throw error
+    } finally {
+      span?.end()
+    }
   }
 
   const timer = setInterval(() => {
@@ -182,6 +229,23 @@ export function startSweeper(options: SweeperOptions): Sweeper {
     },
   }
 }
+
+const publishing = (record: WorkloadRecord, kind: 'failed' | 'retrying', id: string) => ({
+  'messaging.system': 'nats',
+  'messaging.operation.name': 'publish',
+  'messaging.operation.type': 'send',
+  'messaging.destination.name': 'vulcan.events',
+  'messaging.destination.template': `vulcan.events.{workload}.${kind}`,
+  'messaging.message.id': id,
+  'vulcan.workload.id': record.id,
+  'vulcan.isolation': record.isolation,
+  'vulcan.attempt': record.attempts,
+  'vulcan.status': kind,
+  'vulcan.cause': 'runner_lost',
+  'vulcan.runner': record.runner ?? undefined,
+  'vulcan.function': record.function?.name,
+  'vulcan.version': record.function?.version,
+})
 
 function parse(text: string): unknown {
   try {

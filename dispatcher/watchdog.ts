@@ -16,6 +16,7 @@ import {
   workQueues,
 } from '../shared/topology.ts'
 import { Isolation } from '../shared/workload.ts'
+import type { DispatcherMetrics } from './metrics.ts'
 
 const lookMs = 5_000
 /** Milliseconds without a delivery after which a consumer that should deliver has stalled. */
@@ -47,10 +48,11 @@ export interface WatchdogOptions {
   topology: TopologyOptions
   lanes: () => Lane[]
   runners: ReadonlyMap<string, { heartbeat: Heartbeat; at: number }>
+  metrics: DispatcherMetrics
   log: Logger
 }
 
-export function startWatchdog({ bus, topology, lanes, runners, log }: WatchdogOptions): Disposable {
+export function startWatchdog({ bus, topology, lanes, runners, metrics, log }: WatchdogOptions): Disposable {
   const seen = new Map<string, { look: Look; since: number | undefined }>()
 
   async function look(queue: Isolation | Lane, info: WorkQueueInfo, wanted: boolean): Promise<void> {
@@ -63,6 +65,7 @@ export function startWatchdog({ bus, topology, lanes, runners, log }: WatchdogOp
     log.error({ consumer: name, ...current }, 'a work consumer has stalled and is made anew')
     seen.delete(name)
     await recreateConsumer(bus.jsm, topology, queue)
+    metrics.stalled(typeof queue === 'string' ? queue : queue.isolation)
   }
 
   async function lookAtAll(): Promise<void> {

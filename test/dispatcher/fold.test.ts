@@ -99,6 +99,27 @@ test('what is delivered twice, refused or garbage changes no row, and is counted
   assert.is(stats.invalid, 8)
 })
 
+test('what comes behind an end in the same batch is refused and counted, and leaves its record alone', async () => {
+  await using world = await makeWorld()
+  const { publish, bus } = world
+  const id = await publish.run({ labels: { team: 'a' } }, { output: { deep: [1, { é: null }] } })
+  const record = await expected(world, id)
+  const again = makeEvent('failed', id, 1, endOf({ cause: 'internal', output: null }), origin)
+  await bus.js.publish(eventSubject(id, 'failed'), JSON.stringify(again))
+  const accepted = (await bus.acceptedEvent(id))!
+  await bus.js.publish(`vulcan.events.${id}.accepted.isolate.w1`, JSON.stringify(accepted.event))
+  const dispatcher = await world.dispatcher()
+  await folded(dispatcher, bus)
+  const { body } = await getJson(`${dispatcher.url}/internal/workloads/${id}`)
+  assert.equal(body, JSON.parse(JSON.stringify(record)))
+  assert.equal((await getJson(`${dispatcher.url}/v1/stats`)).body.illegal.by_move, {
+    'accepted after completed': 1,
+    'failed after completed': 1,
+  })
+  const labelled = await getJson(`${dispatcher.url}/v1/workloads?label=team=a`)
+  assert.is(labelled.body.workloads.length, 1)
+})
+
 test('a second accepted event on another subject of the workload is refused, also after a restart', async () => {
   await using world = await makeWorld()
   const { publish, bus } = world

@@ -80,6 +80,8 @@ const at = (ms: number) => new Date(Date.UTC(2026, 10, 20) + ms).toISOString()
 /** Publishes the events of workloads, keeping the last sequence of each for the referee. */
 export class Publisher {
   readonly #bus: Bus
+  /** Of the events from now on. */
+  origin: Origin = origin
   readonly last = new Map<string, number>()
   constructor(bus: Bus) {
     this.#bus = bus
@@ -108,14 +110,17 @@ export class Publisher {
       rerun_of: null,
       ...data,
     }
-    await this.#event(acceptedSubject(id, full.isolation), makeEvent('accepted', id, 0, full, origin, time))
+    await this.#event(
+      acceptedSubject(id, full.isolation),
+      makeEvent('accepted', id, 0, full, this.origin, time),
+    )
     return id
   }
 
   started(id: string, attempt = 1, runner = 'isolate-1', time = at(10)): Promise<number> {
     return this.#event(
       eventSubject(id, 'started'),
-      makeEvent('started', id, attempt, { attempt, runner }, origin, time),
+      makeEvent('started', id, attempt, { attempt, runner }, this.origin, time),
     )
   }
 
@@ -127,11 +132,14 @@ export class Publisher {
       error: { message: 'gone', stack: null },
       not_before: at(20),
     }
-    return this.#event(eventSubject(id, 'retrying'), makeEvent('retrying', id, attempt, data, origin, at(15)))
+    return this.#event(
+      eventSubject(id, 'retrying'),
+      makeEvent('retrying', id, attempt, data, this.origin, at(15)),
+    )
   }
 
   ended(id: string, kind: EndKind = 'completed', data: Partial<End> = {}, time = at(30)): Promise<number> {
-    return this.#event(eventSubject(id, kind), makeEvent(kind, id, 1, endOf(data), origin, time))
+    return this.#event(eventSubject(id, kind), makeEvent(kind, id, 1, endOf(data), this.origin, time))
   }
 
   /** A whole life. */
@@ -144,7 +152,7 @@ export class Publisher {
 
   logs(id: string, n: number, texts: string[], { attempt = 1, dropped = 0 } = {}): Promise<number> {
     const data: LogBatch = { attempt, n, lines: texts.map(line), dropped }
-    const event = makeEvent('log', id, `${attempt}.${n}`, data, origin, at(12))
+    const event = makeEvent('log', id, `${attempt}.${n}`, data, this.origin, at(12))
     return this.#bus.publishRecord(logSubject(id), event, `${id}.${attempt}.log.${n}`)
   }
 }

@@ -50,6 +50,7 @@ const heartbeat = (runner: string): Heartbeat => ({
   slots: 4,
   active: 1,
   metrics: {},
+  metrics_url: null,
   host: 'h',
   pid: 1,
   started_at: new Date().toISOString(),

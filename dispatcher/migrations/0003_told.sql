@@ -1,0 +1,4 @@
+CREATE TABLE `told` (
+	`stream` text PRIMARY KEY NOT NULL,
+	`seq` integer NOT NULL
+);
