@@ -10,6 +10,8 @@ export interface LoadResult {
   /** Milliseconds. */
   p50: number
   p99: number
+  /** Microseconds of CPU for one request, where somebody has counted. */
+  cpu?: number
   requests: number
   errors: number
   /** Of what was not answered as expected: by status, 0 for a broken connection. */

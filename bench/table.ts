@@ -1,8 +1,10 @@
 /** How the benchmarks print: medians of rounds, side by side. */
 import type { LoadResult } from './load.ts'
 
-const median = (values: number[]): number =>
+export const medianOf = (values: number[]): number =>
   values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? Number.NaN
+
+type Field = 'rate' | 'p50' | 'p99' | 'cpu'
 
 /** Results by name, one for each round. */
 export class Taken {
@@ -18,9 +20,14 @@ export class Taken {
       )
   }
 
+  /** One for each round, in their order; NaN where it was not measured. */
+  all(name: string, field: Field): number[] {
+    return (this.#all.get(name) ?? []).map((result) => result[field] ?? Number.NaN)
+  }
+
   /** The median of the rounds. */
-  of(name: string, field: 'rate' | 'p50' | 'p99'): number {
-    return median((this.#all.get(name) ?? []).map((result) => result[field]))
+  of(name: string, field: Field): number {
+    return medianOf(this.all(name, field))
   }
 
   /** The ratio of the medians. */

@@ -9,8 +9,17 @@ import { derivedWorkloadId, newWorkloadId, sha256Hex } from '../shared/ids.ts'
 import type { Registry } from '../shared/registry.ts'
 import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import { acceptedSubject } from '../shared/subjects.ts'
-import { continueTrace } from '../shared/trace.ts'
-import { type BlobRef, type Digest, type WorkloadId, WorkloadSpec } from '../shared/workload.ts'
+import { traceIdOf } from '../shared/trace.ts'
+import type { Span } from '../shared/tracing.ts'
+import {
+  type BlobRef,
+  type Digest,
+  type FunctionRef,
+  type WorkloadId,
+  WorkloadSpec,
+} from '../shared/workload.ts'
+import type { GatewayMetrics } from './metrics.ts'
+import type { RequestWatch } from './requests.ts'
 import type { Roster } from './roster.ts'
 import { route } from './routing.ts'
 import { checkShape } from './shape.ts'
@@ -42,17 +51,20 @@ export interface AdmissionContext {
   box: SecretBox
   gate: Gate
   gatewayId: string
+  metrics?: GatewayMetrics | undefined
 }
 
 /** A request that can be accepted, not yet published. */
 export interface Candidate {
   id: WorkloadId
   event: AcceptedEvent
+  /** Of publishing it: begun already, as the event carries its traceparent. */
+  publish: Span
 }
 
-export interface RequestHeaders {
+export interface RequestFacts {
   idempotencyKey: string | undefined
-  traceparent: string | undefined
+  watch: RequestWatch
 }
 
 export type Admitted =
@@ -137,26 +149,23 @@ export async function prepare(
   context: AdmissionContext,
   body: Buffer,
   parsed: unknown,
-  headers: RequestHeaders,
+  { idempotencyKey, watch }: RequestFacts,
 ): Promise<Candidate> {
-  checkKey(headers.idempotencyKey)
+  checkKey(idempotencyKey)
   const spec = parseSpec(parsed)
   checkShape(spec)
   checkSecrets(context.secrets, spec)
   if (!context.bus.connected) throw new BusUnavailable('not connected')
   const { isolation, reason } = route(spec, context.roster.ability)
   await Promise.all(blobsOf(spec).map(([field, digest]) => claimBlob(context.blobs, field, digest)))
-  const id =
-    headers.idempotencyKey === undefined
-      ? newWorkloadId()
-      : derivedWorkloadId(namespace, headers.idempotencyKey)
+  const id = idempotencyKey === undefined ? newWorkloadId() : derivedWorkloadId(namespace, idempotencyKey)
   const { code, input, ...rest } = spec
   let payload: BlobRef | null = null
   if (body.byteLength > inlineBytes / growth && Buffer.byteLength(stringify(spec)) > inlineBytes) {
     checkRest(rest)
     payload = await context.blobs.put(Buffer.from(stringify({ code, input })))
   }
-  const trace = continueTrace(headers.traceparent)
+  const publish = watch.beginPublish(id, { isolation })
   const event = makeEvent(
     'accepted',
     id,
@@ -168,12 +177,12 @@ export async function prepare(
       target: 'any',
       routing_reason: reason,
       request_sha256: sha256Hex(body),
-      trace_id: trace.traceId,
+      trace_id: traceIdOf(publish.traceparent),
       rerun_of: null,
     },
-    { source: `/vulcan/gateways/${context.gatewayId}`, traceparent: trace.traceparent },
+    { source: `/vulcan/gateways/${context.gatewayId}`, traceparent: publish.traceparent },
   ) as AcceptedEvent
-  return { id, event }
+  return { id, event, publish }
 }
 
 /** A deployed function as a call means it. */
@@ -219,11 +228,7 @@ export async function prepareInvocation(
   context: AdmissionContext,
   { version, ref }: Target,
   invoked: Invoked,
-  {
-    id,
-    requestSha256,
-    traceparent,
-  }: { id: WorkloadId; requestSha256: string; traceparent: string | undefined },
+  { id, requestSha256, watch }: { id: WorkloadId; requestSha256: string; watch: RequestWatch },
 ): Promise<Candidate> {
   const { name, isolation, bundle } = version
   if (!context.bus.connected) throw new BusUnavailable('not connected')
@@ -244,7 +249,8 @@ export async function prepareInvocation(
       payload = await context.blobs.put(Buffer.from(`{"input":${text}}`))
     else spec = { ...spec, input: invoked.input }
   }
-  const trace = continueTrace(traceparent)
+  const called: FunctionRef = { name, version: version.version, ref }
+  const publish = watch.beginPublish(id, { isolation, function: called })
   const event = makeEvent(
     'accepted',
     id,
@@ -256,15 +262,15 @@ export async function prepareInvocation(
       target: laneOf(name, version.spec) ?? 'any',
       routing_reason: version.routing_reason,
       request_sha256: requestSha256,
-      trace_id: trace.traceId,
+      trace_id: traceIdOf(publish.traceparent),
       rerun_of: null,
-      function: { name, version: version.version, ref },
+      function: called,
       bundle,
       ...(invoked.http === undefined ? {} : { http: invoked.http }),
     },
-    { source: `/vulcan/gateways/${context.gatewayId}`, traceparent: trace.traceparent },
+    { source: `/vulcan/gateways/${context.gatewayId}`, traceparent: publish.traceparent },
   ) as AcceptedEvent
-  return { id, event }
+  return { id, event, publish }
 }
 
 /** The id of an invocation: new, or the one that the key stands for with this function. */
@@ -303,20 +309,38 @@ const tooDeep = (cause: unknown) =>
  * A refusal means that the idempotency key, or an earlier try of ours whose acknowledgement was lost, came first.
  */
 export async function admit(context: AdmissionContext, candidate: Candidate): Promise<Admitted> {
+  const { publish } = candidate
+  try {
+    const admitted = await store(context, candidate)
+    if (admitted.outcome === 'known') publish.set({ 'vulcan.replayed': true })
+    return admitted
+  } catch (error) {
+    publish.fail(error instanceof Problem ? error.code : (error as Error).name, (error as Error).message)
+    throw error
+  } finally {
+    publish.end()
+  }
+}
+
+async function store(context: AdmissionContext, candidate: Candidate): Promise<Admitted> {
   const { bus } = context
   const { id, event } = candidate
   const subject = acceptedSubject(id, event.data.isolation, event.data.target)
+  const accepted = (seq: number): Admitted => {
+    context.metrics?.accepted(event.data.isolation, event.data.function?.name)
+    return { outcome: 'accepted', seq }
+  }
   for (let tries = 1; ; tries++) {
     if (!bus.connected) throw new BusUnavailable('not connected')
     try {
       const published = await bus.publishEvent(subject, event, 0)
-      if (published.stored) return { outcome: 'accepted', seq: published.seq }
+      if (published.stored) return accepted(published.seq)
       const stored = await bus.acceptedEvent(id)
       if (stored === undefined) throw new BusUnavailable('the accepted event cannot be read back')
       const first = stored.event as AcceptedEvent
       // Each request has a span of its own.
       if (first.source === event.source && first.traceparent === event.traceparent)
-        return { outcome: 'accepted', seq: stored.seq }
+        return accepted(stored.seq)
       if (first.data.request_sha256 === event.data.request_sha256)
         return { outcome: 'known', event: first, seq: stored.seq }
       throw new Problem('idempotency_conflict', {

@@ -1,5 +1,5 @@
 /** The gateway’s HTTP surface, put together. */
-import type { IncomingMessage } from 'node:http'
+import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Http2Bindings, HttpBindings } from '@hono/node-server'
 import { Hono } from 'hono'
 import type { ContentfulStatusCode } from 'hono/utils/http-status'
@@ -10,10 +10,16 @@ import { type BlobRoutes, blobRoutes } from './blobs.ts'
 import { type FunctionRoutes, functionRoutes } from './functions.ts'
 import { type InvokeContext, invocationRoutes, invoker, isInvocation } from './invoke.ts'
 import { openApiDocument } from './openapi.ts'
+import { type Bindings, pathOf, type RequestWatch, RequestWatcher, type Watched } from './requests.ts'
+import { scrapeRoutes } from './scrape.ts'
 import { type SecretRoutes, secretRoutes } from './secrets.ts'
 import { workloadRoutes } from './workloads.ts'
 
-export type AppOptions = InvokeContext & FunctionRoutes & SecretRoutes & BlobRoutes & { log: Logger }
+export type AppOptions = InvokeContext &
+  FunctionRoutes &
+  SecretRoutes &
+  BlobRoutes &
+  Watched & { log: Logger }
 
 const methods = ['GET', 'POST', 'PUT', 'PATCH', 'DELETE']
 
@@ -38,10 +44,14 @@ function asProblem(error: Error): Problem {
   })
 }
 
-function problemAnswer(error: Error, path: string, log: Logger) {
+function problemAnswer(error: Error, path: string, watch: RequestWatch, { log, metrics }: AppOptions) {
   const problem = asProblem(error)
-  if (problem.code === 'internal') log.error({ err: error, path }, 'request failed')
-  const headers: Record<string, string> = { 'Content-Type': 'application/problem+json' }
+  metrics?.refused(problem.code)
+  if (problem.code === 'internal') log.error({ err: error, path, ...watch.fields }, 'request failed')
+  const headers: Record<string, string> = {
+    'Content-Type': 'application/problem+json',
+    traceparent: watch.span.traceparent,
+  }
   if (problem.retryAfterS !== undefined) headers['Retry-After'] = String(problem.retryAfterS)
   return { body: JSON.stringify(problem), status: problem.status, headers }
 }
@@ -52,22 +62,37 @@ export function gatewayFetch(
 ): (request: Request, env: HttpBindings | Http2Bindings) => Response | Promise<Response> {
   const app = gatewayApp(options)
   const invoke = invoker(options)
-  // Only HTTP/1.1 is listened to.
-  return (request, env) =>
-    isInvocation(env.incoming as IncomingMessage)
-      ? invoke(request, env as HttpBindings).catch((error) => {
-          const { body, ...init } = problemAnswer(error, '/fn', options.log)
-          return new Response(body, init)
-        })
-      : app.fetch(request, env as HttpBindings)
+  const watcher = new RequestWatcher(options)
+
+  /** As it is declared; empty: there is none. */
+  const routeOf = ({ method = 'GET', url = '/' }: IncomingMessage): string => {
+    const asked = method === 'HEAD' ? 'GET' : method
+    const [handlers] = app.router.match(asked, pathOf(url))
+    return handlers.findLast(([[, route]]) => route.method === asked)?.[0][1].path ?? ''
+  }
+
+  return (request, env) => {
+    // Only HTTP/1.1 is listened to.
+    const incoming = env.incoming as IncomingMessage
+    const outgoing = env.outgoing as ServerResponse
+    if (!isInvocation(incoming)) {
+      const watch = watcher.begin(incoming, outgoing, routeOf(incoming))
+      return app.fetch(request, { incoming, outgoing, watch })
+    }
+    const watch = watcher.begin(incoming, outgoing, '/fn/:name')
+    return invoke(request, { incoming, outgoing, watch }).catch((error) => {
+      const { body, ...init } = problemAnswer(error, '/fn', watch, options)
+      return new Response(body, init)
+    })
+  }
 }
 
-export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }> {
-  const { bus, roster, reads, log } = options
-  const app = new Hono<{ Bindings: HttpBindings }>()
+export function gatewayApp(options: AppOptions): Hono<{ Bindings: Bindings }> {
+  const { bus, roster, reads, metrics, gatewayId } = options
+  const app = new Hono<{ Bindings: Bindings }>()
 
   app.onError((error, c) => {
-    const { body, status, headers } = problemAnswer(error, c.req.path, log)
+    const { body, status, headers } = problemAnswer(error, c.req.path, c.env.watch, options)
     return c.body(body, status as ContentfulStatusCode, headers)
   })
   app.notFound((c) => {
@@ -106,6 +131,7 @@ export function gatewayApp(options: AppOptions): Hono<{ Bindings: HttpBindings }
     return c.body(openapi, 200, { 'Content-Type': 'application/json' })
   })
 
+  if (metrics !== undefined) app.route('/metrics', scrapeRoutes({ bus, gatewayId, roster, metrics }))
   app.get('/healthz', (c) => c.json({ ok: true }))
   app.get('/readyz', async (c) => {
     const dispatcher = await reads.readiness()

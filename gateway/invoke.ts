@@ -8,11 +8,10 @@
  */
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { setTimeout as delay } from 'node:timers/promises'
-import type { HttpBindings } from '@hono/node-server'
 import { RESPONSE_ALREADY_SENT } from '@hono/node-server/utils/response'
 import { Hono } from 'hono'
 import { Problem } from '../shared/errors.ts'
-import { type AcceptedEvent, type EndEvent, type HttpBody, type HttpCall, isEnd } from '../shared/events.ts'
+import { type EndEvent, type HttpBody, type HttpCall, isEnd } from '../shared/events.ts'
 import type { GatewayExchange, GatewayExchanges, StreamedResponse } from '../shared/exchange.ts'
 import { inlineBody, inlineBodyBytes, sealHeaders } from '../shared/http.ts'
 import { newWorkloadId, sha256Hex } from '../shared/ids.ts'
@@ -23,8 +22,9 @@ import { admit, invocationId, prepareInvocation, type Target, targetOf } from '.
 import { parseJson, requireJson, withBody, withRequestBody } from './body.ts'
 import { requestHeaders, wantsUpgrade } from './headers.ts'
 import { type Preference, parsePrefer } from './prefer.ts'
+import type { Bindings, RequestWatch } from './requests.ts'
 import { openAnswer, unsendable, writeStream, writeWhole } from './responses.ts'
-import { type C, inBackground, type RunContext, run } from './runs.ts'
+import { type C, goesOn, inBackground, type RunContext, run } from './runs.ts'
 import type { Wait } from './waits.ts'
 
 export interface InvokeContext extends RunContext {
@@ -41,8 +41,8 @@ const tellAgainMs = [250, 5_000] as const
 const pattern = /^(?:https?:\/\/[^/?#]*)?\/fn\/([^/?#]+)/
 
 /** `POST /v1/functions/:name/invocations` and `…/invocations/async`: the body is the input itself. */
-export function invocationRoutes(context: InvokeContext): Hono<{ Bindings: HttpBindings }> {
-  const app = new Hono<{ Bindings: HttpBindings }>()
+export function invocationRoutes(context: InvokeContext): Hono<{ Bindings: Bindings }> {
+  const app = new Hono<{ Bindings: Bindings }>()
   app.post('/:name/invocations', (c) => invokeJson(c, parsePrefer(c.req.header('prefer'))))
   app.post('/:name/invocations/async', (c) => invokeJson(c, inBackground))
   return app
@@ -60,7 +60,7 @@ export function invocationRoutes(context: InvokeContext): Hono<{ Bindings: HttpB
         {
           id: invocationId(name, c.req.header('idempotency-key')),
           requestSha256: sha256Hex(body),
-          traceparent: c.req.header('traceparent'),
+          watch: c.env.watch,
         },
       )
     })
@@ -94,10 +94,11 @@ interface Call {
   request: Request
   incoming: IncomingMessage
   outgoing: ServerResponse
+  watch: RequestWatch
 }
 
 /** Answers `ANY /fn/…`. Rejects with a `Problem`; where a workload exists, its id is among the headers by then. */
-export function invoker(context: InvokeContext): (request: Request, env: HttpBindings) => Promise<Response> {
+export function invoker(context: InvokeContext): (request: Request, env: Bindings) => Promise<Response> {
   const { bus, blobs, box, waits, exchanges, maxBodyBytes, maxWaitS, gatewayId } = context
 
   return async (request, env) => {
@@ -115,7 +116,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
     const { prefer } = incoming.headers
     const preference =
       typeof prefer === 'string' && /respond-async/i.test(prefer) ? parsePrefer(prefer) : undefined
-    const call = { method, target, request, incoming, outgoing }
+    const call = { method, target, request, incoming, outgoing, watch: env.watch }
     // The word may stand in another preference, or be a part of one.
     return preference?.applied?.split(', ').includes('respond-async') === true
       ? await answerLater(call, preference)
@@ -124,7 +125,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
 
   /** The caller waits; the response goes out as it comes. */
   async function answerNow(call: Call): Promise<Response> {
-    const { id, incoming, outgoing, target } = call
+    const { id, incoming, outgoing, target, watch } = call
     const kept = await readInline(incoming)
     // A caller who went away while it sent its request has asked for nothing.
     if (kept === 'gone') return RESPONSE_ALREADY_SENT
@@ -134,9 +135,9 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
       context,
       target,
       { http: httpCall(call, body, gatewayId) },
-      { id, requestSha256, traceparent: one(incoming.headers.traceparent) },
+      { id, requestSha256, watch },
     )
-    const ours = ourHeaders(call, candidate.event)
+    const ours = ourHeaders(call)
     const wait = waits.begin(id)
     const exchange = exchanges.open(id)
     // What the function leaves unread must not take the connection, and with it the response, down.
@@ -169,7 +170,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
   }
 
   async function answer(
-    { id, method, outgoing, target }: Call,
+    { id, method, outgoing, target, watch }: Call,
     wait: Wait,
     exchange: GatewayExchange,
     ours: Record<string, string>,
@@ -199,11 +200,13 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
         wait.beLenient()
         void wait.ended.then(async (end) => {
           if (end === undefined) return
+          watch.ended(end)
           await delay(graceMs, undefined, { ref: false })
           body.break('the function ended before its response did')
         })
         return await writeStream(outgoing, method, first, ours)
       }
+      watch.ended(first)
       const { response } = first.data
       // What was streamed and has not come by now never will.
       if (response == null || response.body === 'live') throw failureOf(first, target)
@@ -236,7 +239,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
 
   /** The caller is told the workload; its response is fetched later. */
   async function answerLater(call: Omit<Call, 'id'>, preference: Preference): Promise<Response> {
-    const { method, request, incoming, target } = call
+    const { method, request, incoming, target, watch } = call
     const { name } = target.version
     const id = invocationId(name, one(incoming.headers['idempotency-key']))
     const candidate = await withRequestBody(request, maxBodyBytes, async (bytes) => {
@@ -249,7 +252,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
         {
           id,
           requestSha256: sha256Hex(Buffer.concat([Buffer.from(`${method} ${path}\n`), bytes])),
-          traceparent: one(incoming.headers.traceparent),
+          watch,
         },
       )
     })
@@ -258,7 +261,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
       const admitted = await admit(context, candidate)
       const accepted = admitted.outcome === 'known' ? admitted.event : candidate.event
       const headers: Record<string, string> = {
-        ...ourHeaders({ ...call, id }, accepted),
+        ...ourHeaders({ ...call, id }),
         'preference-applied': preference.applied!,
         location: `/v1/workloads/${id}`,
         ...(admitted.outcome === 'known' ? { 'idempotency-replayed': 'true' } : {}),
@@ -270,6 +273,8 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
         call.outgoing.once('close', wait.giveUp)
         end = await wait.ended.finally(() => clearTimeout(timer))
       }
+      if (end !== undefined && isEnd(end)) watch.ended(end)
+      else goesOn(watch, waits, id)
       if (wait !== undefined && end !== undefined && isEnd(end)) {
         if (end.data.response == null) throw failureOf(end, target)
         const whole = await openAnswer({ blobs, box }, id, end.data.response)
@@ -282,7 +287,7 @@ export function invoker(context: InvokeContext): (request: Request, env: HttpBin
       }
       let record = begin(accepted, admitted.seq)
       if (end !== undefined && isEnd(end)) record = finish(record, end, admitted.seq + 1)
-      return new Response(JSON.stringify(toWorkload(record)), {
+      return new Response(JSON.stringify(toWorkload(record, record.output, context.traceUrl)), {
         status: 202,
         headers: { ...headers, 'content-type': 'application/json' },
       })
@@ -305,10 +310,10 @@ const one = (value: string | string[] | undefined) => (Array.isArray(value) ? va
 const isEndOf = (first: EndEvent | StreamedResponse | undefined): first is EndEvent =>
   first !== undefined && 'specversion' in first
 
-const ourHeaders = ({ id, target }: Pick<Call, 'id' | 'target'>, { traceparent }: AcceptedEvent) => ({
+const ourHeaders = ({ id, target, watch }: Call) => ({
   'x-vulcan-workload-id': id,
   'x-vulcan-version': target.version.version,
-  ...(traceparent === undefined ? {} : { traceparent }),
+  traceparent: watch.span.traceparent,
 })
 
 /** What a caller is told of a function that ended without an answer: the cause, not what its code said. */

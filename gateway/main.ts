@@ -6,18 +6,23 @@ import { serve } from '@hono/node-server'
 import { z } from 'zod'
 import { Blobs } from '../shared/blobs.ts'
 import { Bus } from '../shared/bus.ts'
-import { CommonConfig, readConfig, secretKeyOf } from '../shared/config.ts'
+import { CommonConfig, logOptionsOf, readConfig, secretKeyOf } from '../shared/config.ts'
 import { GatewayExchanges } from '../shared/exchange.ts'
 import { newProcessId } from '../shared/ids.ts'
 import { Meters } from '../shared/meters.ts'
+import { answerMetrics } from '../shared/metrics-answer.ts'
 import { makeLogger, stopSignal, untilAborted } from '../shared/process.ts'
+import { countProcess } from '../shared/process-metrics.ts'
 import { Registry } from '../shared/registry.ts'
 import { SecretBox, Secrets } from '../shared/secrets.ts'
+import { startTracing } from '../shared/telemetry.ts'
 import { ensureTopology } from '../shared/topology.ts'
+import { traceLinks } from '../shared/trace.ts'
 import { gatewayFetch } from './app.ts'
 import { Builder } from './build/build.ts'
 import { isInvocation } from './invoke.ts'
 import { LaneGate } from './lanes.ts'
+import { GatewayMetrics } from './metrics.ts'
 import { readsFrom } from './reads.ts'
 import { openRoster } from './roster.ts'
 import { Waits } from './waits.ts'
@@ -45,17 +50,23 @@ const config = readConfig(
   process.env,
 )
 const gatewayId = newProcessId('gateway')
-const log = makeLogger('vulcan-gateway', config.logLevel)
+const metrics = new GatewayMetrics(gatewayId)
+countProcess(metrics.registry, config.restarts)
+const log = await makeLogger('vulcan-gateway', logOptionsOf(config, gatewayId))
 const stop = stopSignal()
 const { replicas } = config.topology
 const maxBodyBytes = Math.floor(config.maxBodyMb * 1_048_576)
 const maxBlobBytes = Math.floor(config.maxBlobMb * 1_048_576)
 
+// Disposed last: what is still on its way has spans to end.
+await using tracing = await startTracing(config.telemetry, { service: 'vulcan-gateway', id: gatewayId, log })
 await using bus = await Bus.connect({ url: config.natsUrl, name: gatewayId }, stop)
+using _answers = answerMetrics(bus, gatewayId, metrics.registry)
 const box = await SecretBox.open(secretKeyOf(config))
 const [blobs, roster, registry, secrets, meters] = await whenStreamsStand()
 const gate = new LaneGate({ bus, registry, meters })
 const waits = new Waits(bus)
+metrics.waiting(() => waits.size)
 const exchanges = new GatewayExchanges(bus, gatewayId)
 const fetch = gatewayFetch({
   bus,
@@ -68,6 +79,9 @@ const fetch = gatewayFetch({
   builder: new Builder({ cacheDir: config.cacheDir, tempDir: tmpdir(), env: process.env }),
   topology: config.topology,
   gatewayId,
+  metrics,
+  tracing,
+  traceUrl: traceLinks(config.traceUrl),
   waits,
   exchanges,
   reads: readsFrom(config.dispatcherUrl),

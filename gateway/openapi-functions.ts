@@ -4,7 +4,7 @@ import type { ZodOpenApiOperationObject, ZodOpenApiPathsObject } from 'zod-opena
 import { AliasName, AliasTarget, BuildWarning, FunctionSpec, FunctionVersion } from '../shared/functions.ts'
 import { SecretName, SecretValue } from '../shared/secrets.ts'
 import { BlobRef, Digest, FunctionName, VersionId, Workload } from '../shared/workload.ts'
-import { answers, json, problem, runHeaders, unavailable } from './openapi-parts.ts'
+import { answers, json, problem, runHeaders, tracedAnswers, unavailable } from './openapi-parts.ts'
 
 const Time = z.iso.datetime()
 const Aliases = z.record(z.string(), AliasTarget)
@@ -61,8 +61,10 @@ const invocation = (summary: string, sync: boolean): ZodOpenApiOperationObject =
   },
   requestBody: { description: 'The input itself', content: json(z.unknown()) },
   responses: {
-    ...(sync ? { '200': answers('The finished workload, also when it failed or was killed', Workload) } : {}),
-    '202': answers('Accepted; not done yet', Workload),
+    ...(sync
+      ? { '200': tracedAnswers('The finished workload, also when it failed or was killed', Workload) }
+      : {}),
+    '202': tracedAnswers('Accepted; not done yet', Workload),
     '400': problem('Not JSON, or a bad header'),
     '404': noFunction,
     '409': problem('The idempotency key was used with another body'),
@@ -92,7 +94,7 @@ const call: ZodOpenApiOperationObject = {
         traceparent: z.string(),
       }),
     },
-    '202': answers('With `Prefer: respond-async`: accepted', Workload),
+    '202': tracedAnswers('With `Prefer: respond-async`: accepted', Workload),
     '404': noFunction,
     '429': problem('As many invocations wait as may wait; see Retry-After'),
     '501': problem('Connections cannot be upgraded'),

@@ -25,11 +25,20 @@ const ProblemBody = z
   .meta({ id: 'Problem', description: 'RFC 9457' })
 
 export const json = (schema: z.ZodType) => ({ 'application/json': { schema } })
+/** Of the request’s own span: by it a request is found among the traces. */
+const tracedBy = z.object({ traceparent: z.string() })
 export const problem = (description: string) => ({
   description,
+  headers: tracedBy,
   content: { 'application/problem+json': { schema: ProblemBody } },
 })
 export const answers = (description: string, schema: z.ZodType) => ({ description, content: json(schema) })
+
+/** The same for what makes or ends a workload. */
+export const tracedAnswers = (description: string, schema: z.ZodType) => ({
+  ...answers(description, schema),
+  headers: tracedBy,
+})
 
 export const runHeaders = z.object({
   prefer: z.string().optional().meta({ description: '`wait=<seconds>` or `respond-async`' }),

@@ -4,7 +4,7 @@ import { createDocument, type ZodOpenApiOperationObject, type ZodOpenApiPathsObj
 import { Backend } from '../shared/backends.ts'
 import { LogLine, Workload, WorkloadId, WorkloadSpec } from '../shared/workload.ts'
 import { functionPaths } from './openapi-functions.ts'
-import { answers, json, problem, runHeaders, unavailable } from './openapi-parts.ts'
+import { answers, json, problem, runHeaders, tracedAnswers, unavailable } from './openapi-parts.ts'
 
 const id = z.object({ id: WorkloadId })
 const run = (summary: string, sync: boolean): ZodOpenApiOperationObject => ({
@@ -12,8 +12,10 @@ const run = (summary: string, sync: boolean): ZodOpenApiOperationObject => ({
   requestParams: { header: runHeaders },
   requestBody: { required: true, content: json(WorkloadSpec) },
   responses: {
-    ...(sync ? { '200': answers('The finished workload, also when it failed or was killed', Workload) } : {}),
-    '202': answers('Accepted; not done yet', Workload),
+    ...(sync
+      ? { '200': tracedAnswers('The finished workload, also when it failed or was killed', Workload) }
+      : {}),
+    '202': tracedAnswers('Accepted; not done yet', Workload),
     '400': problem('Not JSON, or a bad header'),
     '404': problem('No such blob'),
     '409': problem('The idempotency key was used with another body'),
@@ -28,7 +30,7 @@ const stop = (summary: string): ZodOpenApiOperationObject => ({
   summary,
   requestParams: { path: id },
   responses: {
-    '200': answers('The workload, ended', Workload),
+    '200': tracedAnswers('The workload, ended', Workload),
     '404': problem('No such workload'),
     '503': unavailable,
   },
@@ -82,8 +84,8 @@ const paths: ZodOpenApiPathsObject = {
       summary: 'A new workload from the same spec',
       requestParams: { path: id, header: runHeaders.pick({ prefer: true, traceparent: true }) },
       responses: {
-        '200': answers('With `Prefer: wait`: the finished workload', Workload),
-        '202': answers('Accepted', Workload),
+        '200': tracedAnswers('With `Prefer: wait`: the finished workload', Workload),
+        '202': tracedAnswers('Accepted', Workload),
         '404': problem('No such workload, or a blob that it needs is no longer stored'),
         '409': problem('Its request was streamed and not kept'),
         '503': unavailable,
@@ -161,6 +163,25 @@ const paths: ZodOpenApiPathsObject = {
   },
   '/openapi.json': {
     get: { summary: 'This document', responses: { '200': answers('OpenAPI 3.1', z.looseObject({})) } },
+  },
+  '/metrics': {
+    get: {
+      summary: 'What the processes on the bus count and measure, for Prometheus',
+      requestParams: {
+        query: z.object({
+          own: z.string().optional().meta({ description: 'given: of this gateway alone' }),
+        }),
+      },
+      responses: {
+        '200': {
+          description: 'The text format; OpenMetrics, with exemplars, where `Accept` asks for it',
+          content: {
+            'text/plain': { schema: z.string() },
+            'application/openmetrics-text': { schema: z.string() },
+          },
+        },
+      },
+    },
   },
   '/healthz': {
     get: { summary: 'Liveness', responses: { '200': answers('Alive', z.object({ ok: z.boolean() })) } },

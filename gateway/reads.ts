@@ -1,9 +1,10 @@
 /** Forwards reads and log streams to the dispatcher, bytes unchanged. */
 import type { Context } from 'hono'
 import { Problem } from '../shared/errors.ts'
+import type { Bindings } from './requests.ts'
 
 /** Headers of the request that a read depends on. */
-const passedOn = ['accept', 'last-event-id', 'traceparent']
+const passedOn = ['accept', 'last-event-id']
 /** Headers of the answer that are the client’s business. */
 const handedBack = ['content-type', 'cache-control', 'retry-after', 'link', 'x-accel-buffering']
 
@@ -30,7 +31,7 @@ function untilGone(bytes: ReadableStream<Uint8Array>, gone: AbortSignal): Readab
 
 export interface Reads {
   /** Answers the request with what the dispatcher answers on the same path and query. */
-  forward(c: Context): Promise<Response>
+  forward(c: Context<{ Bindings: Bindings }>): Promise<Response>
   /** One JSON document of the dispatcher; undefined on 404. Throws `database_unavailable`. */
   json<T>(path: string): Promise<T | undefined>
   /** Whether the dispatcher says that it is ready, and if not, why. */
@@ -41,7 +42,7 @@ export function readsFrom(dispatcherUrl: string): Reads {
   return {
     async forward(c) {
       const { pathname, search } = new URL(c.req.url)
-      const headers = new Headers()
+      const headers = new Headers({ traceparent: c.env.watch.span.traceparent })
       for (const name of passedOn) {
         const value = c.req.header(name)
         if (value !== undefined) headers.set(name, value)

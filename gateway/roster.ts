@@ -87,12 +87,13 @@ export async function openRoster(bus: Bus, replicas: number): Promise<Roster> {
     const runners = []
     for (const { beat, at } of live.values()) {
       if (beat.isolation !== isolation || !beat.available) continue
-      const { runner, slots, active, metrics, host, pid, started_at } = beat
+      const { runner, slots, active, metrics, metrics_url, host, pid, started_at } = beat
       runners.push({
         runner,
         slots,
         active,
         metrics,
+        metrics_url,
         host,
         pid,
         started_at,

@@ -1,5 +1,4 @@
 /** What every route that makes a workload ends with: publish, wait as long as the client does, answer. */
-import type { HttpBindings } from '@hono/node-server'
 import type { Context } from 'hono'
 import { Problem } from '../shared/errors.ts'
 import { type AcceptedEvent, type EndEvent, isEnd } from '../shared/events.ts'
@@ -8,9 +7,10 @@ import type { Workload, WorkloadId } from '../shared/workload.ts'
 import { type AdmissionContext, admit, type Candidate } from './admission.ts'
 import type { Preference } from './prefer.ts'
 import type { Reads } from './reads.ts'
+import type { Bindings, RequestWatch, Watched } from './requests.ts'
 import type { Wait, Waits } from './waits.ts'
 
-export interface RunContext extends AdmissionContext {
+export interface RunContext extends AdmissionContext, Watched {
   waits: Waits
   reads: Reads
   /** Largest body in bytes. */
@@ -19,7 +19,7 @@ export interface RunContext extends AdmissionContext {
   maxWaitS: number
 }
 
-export type C = Context<{ Bindings: HttpBindings }>
+export type C = Context<{ Bindings: Bindings }>
 
 export const inBackground: Preference = { waitS: 0, applied: undefined }
 
@@ -30,14 +30,16 @@ export async function run(
   candidate: Candidate,
   preference: Preference,
 ): Promise<Response> {
-  const { bus, waits, reads } = context
+  const { bus, waits, reads, traceUrl } = context
   const { id } = candidate
+  const { watch } = c.env
   const wanted = preference.waitS !== 0
   const wait = wanted ? waits.begin(id) : undefined
   try {
     const admitted = await admit(context, candidate)
     const accepted = admitted.outcome === 'known' ? admitted.event : candidate.event
     const record = begin(accepted, admitted.seq)
+    c.header('traceparent', watch.span.traceparent)
     if (preference.applied !== undefined) c.header('Preference-Applied', preference.applied)
     if (admitted.outcome === 'known') c.header('Idempotency-Replayed', 'true')
     let end: EndEvent | undefined
@@ -46,19 +48,32 @@ export async function run(
       if (last !== undefined && isEnd(last.event)) end = last.event
     }
     if (wait !== undefined) end ??= await patiently(context, c, wait, preference.waitS)
+    if (end === undefined) goesOn(watch, waits, id)
+    else watch.ended(end)
     const finished =
       end === undefined ? undefined : await answer(context, finish(record, end, admitted.seq + 1))
     if (finished !== undefined && wanted) return c.json(finished)
     c.header('Location', `/v1/workloads/${id}`)
     if (finished !== undefined) return c.json(finished, 202)
-    if (!wanted && admitted.outcome === 'accepted') return c.json(toWorkload(record), 202)
+    if (!wanted && admitted.outcome === 'accepted') return c.json(toWorkload(record, null, traceUrl), 202)
     return c.json(
-      (await reads.json<Workload>(`/v1/workloads/${id}`).catch(() => undefined)) ?? toWorkload(record),
+      (await reads.json<Workload>(`/v1/workloads/${id}`).catch(() => undefined)) ??
+        toWorkload(record, null, traceUrl),
       202,
     )
   } finally {
     wait?.giveUp()
   }
+}
+
+/** The answer is 202: what is kept of the trace waits for the end without it. */
+export function goesOn(watch: RequestWatch, waits: Waits, id: WorkloadId): void {
+  watch.goesOn((over) => {
+    const wait = waits.begin(id)
+    wait.beLenient()
+    over.addEventListener('abort', wait.giveUp)
+    return wait.ended
+  })
 }
 
 /** The end, or undefined once the client’s patience or the client itself is gone. */
@@ -81,10 +96,11 @@ function patiently(
 }
 
 /** The public answer, its output fetched where it stands in a blob. */
-async function answer({ blobs }: RunContext, record: WorkloadRecord): Promise<Workload> {
-  if (record.output_blob === null) return toWorkload(record)
+async function answer({ blobs, traceUrl }: RunContext, record: WorkloadRecord): Promise<Workload> {
+  if (record.output_blob === null) return toWorkload(record, record.output, traceUrl)
   const bytes = await blobs.get(record.output_blob.blob)
-  return toWorkload(record, bytes === undefined ? null : JSON.parse(Buffer.from(bytes).toString()))
+  const output = bytes === undefined ? null : JSON.parse(Buffer.from(bytes).toString())
+  return toWorkload(record, output, traceUrl)
 }
 
 /** The public answer for a workload of which the end is known. */

@@ -1,5 +1,4 @@
 /** The routes that make, wait for, stop and repeat workloads. */
-import type { HttpBindings } from '@hono/node-server'
 import { Hono } from 'hono'
 import { Problem } from '../shared/errors.ts'
 import {
@@ -13,18 +12,20 @@ import {
 import { sealHeaders, unsealHeaders } from '../shared/http.ts'
 import { newWorkloadId } from '../shared/ids.ts'
 import { bodyBlob, hasEnded } from '../shared/lifecycle.ts'
-import { continueTrace } from '../shared/trace.ts'
+import { traceIdOf } from '../shared/trace.ts'
+import { tracingOff } from '../shared/tracing.ts'
 import { WorkloadId } from '../shared/workload.ts'
 import { blobsOf, type Candidate, prepare } from './admission.ts'
 import { parseJson, requireJson, withBody } from './body.ts'
 import { kill } from './kill.ts'
 import { parsePrefer } from './prefer.ts'
+import type { Bindings } from './requests.ts'
 import { keptResponse } from './responses.ts'
 import { type C, ended, inBackground, known, notFound, type RunContext, recordOf, run } from './runs.ts'
 
-export function workloadRoutes(context: RunContext): Hono<{ Bindings: HttpBindings }> {
+export function workloadRoutes(context: RunContext): Hono<{ Bindings: Bindings }> {
   const { bus, waits, reads, roster } = context
-  const app = new Hono<{ Bindings: HttpBindings }>()
+  const app = new Hono<{ Bindings: Bindings }>()
   const origin = { source: `/vulcan/gateways/${context.gatewayId}` }
 
   app.post('/', async (c) => {
@@ -58,11 +59,15 @@ export function workloadRoutes(context: RunContext): Hono<{ Bindings: HttpBindin
 
   const stop = async (c: C) => {
     const id = c.req.param('id')!
-    let end = await kill(bus, id, roster.lost, origin)
+    const { watch } = c.env
+    watch.about(id)
+    c.header('traceparent', watch.span.traceparent)
+    const request = { tracing: context.tracing ?? tracingOff, traceparent: watch.span.traceparent }
+    let end = await kill(bus, id, roster.lost, origin, request)
     if (end === undefined) {
       // The stream did not know it: it ended before what the stream keeps, or is only just being accepted.
       const workload = await known(context, id)
-      if (!hasEnded(workload.status)) end = await kill(bus, id, roster.lost, origin)
+      if (!hasEnded(workload.status)) end = await kill(bus, id, roster.lost, origin, request)
       if (end === undefined) return c.json(workload)
     }
     waits.settle(id, end)
@@ -76,9 +81,14 @@ export function workloadRoutes(context: RunContext): Hono<{ Bindings: HttpBindin
     const from = c.req.param('id')
     const first = (await bus.acceptedEvent(from))?.event as AcceptedEvent | undefined
     const data = first?.data ?? (await recordOf(context, from))
-    const trace = continueTrace(c.req.header('traceparent'))
     const id = newWorkloadId()
     const call = repeatable(from, first, data.http != null)
+    const named = blobsOf(data.spec).map(([, blob]) => ({ blob }))
+    for (const blob of [data.payload, data.bundle, bodyBlob(call?.body), ...named])
+      if (blob != null && (await context.blobs.size(blob.blob)) === undefined)
+        throw new Problem('blob_not_found', { detail: `${blob.blob}, which it needs, is no longer stored` })
+    const http = call === undefined ? undefined : resealed(call, from, id)
+    const publish = c.env.watch.beginPublish(id, data)
     const event = makeEvent(
       'accepted',
       id,
@@ -90,19 +100,20 @@ export function workloadRoutes(context: RunContext): Hono<{ Bindings: HttpBindin
         target: laneNow(data.isolation, data.function) ?? 'any',
         routing_reason: data.routing_reason,
         request_sha256: data.request_sha256,
-        trace_id: trace.traceId,
+        trace_id: traceIdOf(publish.traceparent),
         rerun_of: from,
         ...(data.function == null ? {} : { function: data.function }),
         ...(data.bundle == null ? {} : { bundle: data.bundle }),
-        ...(call === undefined ? {} : { http: resealed(call, from, id) }),
+        ...(http === undefined ? {} : { http }),
       },
-      { ...origin, traceparent: trace.traceparent },
+      { ...origin, traceparent: publish.traceparent },
     ) as AcceptedEvent
-    const named = blobsOf(data.spec).map(([, blob]) => ({ blob }))
-    for (const blob of [data.payload, data.bundle, bodyBlob(call?.body), ...named])
-      if (blob != null && (await context.blobs.size(blob.blob)) === undefined)
-        throw new Problem('blob_not_found', { detail: `${blob.blob}, which it needs, is no longer stored` })
-    return run(context, c, { id, event }, preference.applied === undefined ? inBackground : preference)
+    return run(
+      context,
+      c,
+      { id, event, publish },
+      preference.applied === undefined ? inBackground : preference,
+    )
   })
 
   return app
@@ -112,7 +123,7 @@ export function workloadRoutes(context: RunContext): Hono<{ Bindings: HttpBindin
     return withBody(c, context.maxBodyBytes, (body) =>
       prepare(context, body, parseJson(body), {
         idempotencyKey: c.req.header('idempotency-key'),
-        traceparent: c.req.header('traceparent'),
+        watch: c.env.watch,
       }),
     )
   }

@@ -6,10 +6,13 @@ import { DeployError, deployFolder, knownFunctions, putSecretOnce, secretsOf } f
 
 export const examplesFolder = resolve(import.meta.dirname, '../examples')
 
+/** Programs that read the platform’s events; all other folders are functions. */
+const noFunction = 'consumers'
+
 /** In the order of their names. */
 export const exampleNames = (): string[] =>
   readdirSync(examplesFolder, { withFileTypes: true })
-    .filter((entry) => entry.isDirectory())
+    .filter((entry) => entry.isDirectory() && entry.name !== noFunction)
     .map(({ name }) => name)
     .sort()
 

@@ -142,13 +142,16 @@ export async function natsAnswers(
 ): Promise<void> {
   for (;;) {
     signal.throwIfAborted()
-    if ((await greeting(host, port))?.server_name === name) return
+    if ((await natsGreeting(host, port))?.server_name === name) return
     await sleep(5)
   }
 }
 
+/** What a nats-server says of itself, of which only this is used. */
+export type NatsGreeting = { server_name?: string; version?: string; jetstream?: boolean }
+
 /** The first line a nats-server sends, `INFO {…}`, parsed; undefined when nothing answers within a second. */
-function greeting(host: string, port: number): Promise<{ server_name?: string } | undefined> {
+export function natsGreeting(host: string, port: number): Promise<NatsGreeting | undefined> {
   return new Promise((resolve) => {
     let text = ''
     const socket = connect({ host, port }).setEncoding('utf8').setTimeout(1_000)

@@ -252,12 +252,13 @@ async function startNats(
         {
           ...settings,
           name: 'nats-server',
-          env: { ...env, ...settings.env, VULCAN_DATA_DIR: dataDir },
+          env: { ...env, ...quotedPasswords(env), ...settings.env, VULCAN_DATA_DIR: dataDir },
           ready: (over) => natsAnswers(host, port, name, over),
         },
         signal,
       )
-      return `nats://${host}:${port}`
+      const user = env.VULCAN_NATS_PASSWORD ? `vulcan:${encodeURIComponent(env.VULCAN_NATS_PASSWORD)}@` : ''
+      return `nats://${user}${host}:${port}`
     } catch (error) {
       // A platform that starts beside this one may have taken the port between the look and the start.
       const lost = (await nextFreePort(natsHost, port)) !== port
@@ -265,6 +266,14 @@ async function startNats(
       first = natsPort === 0 ? 0 : port + 1
     }
   }
+}
+
+/** Those of the accounts that nats.conf shows, as its parser reads them. */
+function quotedPasswords(env: NodeJS.ProcessEnv): NodeJS.ProcessEnv {
+  const names = ['VULCAN_NATS_PASSWORD', 'VULCAN_NATS_READER_PASSWORD']
+  return Object.fromEntries(
+    names.filter((name) => env[name]).map((name) => [name, JSON.stringify(env[name])]),
+  )
 }
 
 /** An address on this machine for what listens on `host`, ready for a URL. */

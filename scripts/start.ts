@@ -28,7 +28,7 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
 }
 
 try {
-  const config = platformConfig(process.env)
+  const config = platformConfig({ ...forPeople(), ...process.env })
   await ensureBubblewrap({ log, env: process.env })
   platform = await startPlatform(config, { log, signal: stop.signal })
   // biome-ignore lint/suspicious/noTemplateCurlyInString: it is the code of a workload
@@ -36,7 +36,7 @@ try {
   log(`
 vulcan is ready
   http  ${platform.url}
-  nats  ${platform.natsUrl}
+  nats  ${platform.natsUrl.replace(/\/\/.*@/, '//')}
   data  ${platform.dataDir}
 
   curl -s ${platform.url}/v1/workloads -H 'content-type: application/json' -d '${JSON.stringify(workload)}'
@@ -55,6 +55,12 @@ vulcan is ready
     console.error(expected ? `vulcan: ${error.message}` : error)
     process.exitCode = 1
   }
+}
+
+/** What the processes write goes through a pipe, and still to a terminal. */
+function forPeople(): NodeJS.ProcessEnv {
+  if (!process.stdout.isTTY) return {}
+  return { VULCAN_LOG_FORMAT: process.env.NO_COLOR ? 'pretty' : 'color' }
 }
 
 /** In the background: what is missing for an example, npm's registry say, is no reason not to run. */

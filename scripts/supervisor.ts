@@ -10,7 +10,7 @@ export type ProcessSpec = {
   name: string
   command: string
   args: string[]
-  /** The whole environment. */
+  /** The whole environment, apart from `VULCAN_RESTARTS`: how often it was started again. */
   env: NodeJS.ProcessEnv
   /** Resolves when the process can be used. Without it, it is ready when it is started. */
   ready?: (signal: AbortSignal) => Promise<void>
@@ -49,6 +49,7 @@ type Entry = {
   failed: AbortController
   isReady: boolean
   ends: number
+  restarts: number
   done: Promise<void>
 }
 
@@ -88,6 +89,7 @@ export class Supervisor implements AsyncDisposable {
       failed: new AbortController(),
       isReady: false,
       ends: 0,
+      restarts: 0,
       done: Promise.resolve(),
     }
     const place = this.#entries.findIndex((other) => other.spec.name === spec.behind)
@@ -174,6 +176,7 @@ export class Supervisor implements AsyncDisposable {
         `${spec.name} ${how} after ${(lived / 1000).toFixed(1)} s; starting it again in ${delay} ms`,
       )
       await sleep(delay, undefined, { signal: stopping.signal }).catch(() => {})
+      entry.restarts++
       delay = Math.min(delay * 2, maxMs)
     }
   }
@@ -182,7 +185,8 @@ export class Supervisor implements AsyncDisposable {
   async #runOnce(entry: Entry): Promise<string> {
     const { spec, lastLines } = entry
     const [command, ...args] = [...deathSignal(), spec.command, ...spec.args]
-    const child = spawn(command!, args, { env: spec.env, stdio: ['ignore', 'pipe', 'pipe'], detached: true })
+    const env = { ...spec.env, VULCAN_RESTARTS: String(entry.restarts) }
+    const child = spawn(command!, args, { env, stdio: ['ignore', 'pipe', 'pipe'], detached: true })
     entry.child = child
     this.#recordPids()
     const closed = once(child, 'close').catch(() => {})

@@ -46,6 +46,8 @@ export const Heartbeat = z.object({
   started_at: z.iso.datetime(),
   /** What the runner counts and measures by itself, such as `restore_ms_p50`. */
   metrics: z.record(z.string(), z.number()).default({}),
+  /** Where its own metrics are served, on its host’s loopback; null: nowhere. */
+  metrics_url: z.string().nullable().default(null),
   /** False in its last heartbeat: it is going away and takes no more work. */
   leaving: z.boolean(),
 })
@@ -64,6 +66,7 @@ export const RunnerStatus = Heartbeat.pick({
   slots: true,
   active: true,
   metrics: true,
+  metrics_url: true,
   host: true,
   pid: true,
   started_at: true,

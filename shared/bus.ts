@@ -93,8 +93,24 @@ interface Ack {
   deadline: number
 }
 
+/**
+ * `nats://user:password@host:4222`, or several separated by commas, as the client takes it: it reads no credentials
+ * from URLs. The first that are named are those for all servers.
+ */
+export function serversOf(url: string): { servers: string[]; user?: string; pass?: string } {
+  const urls = url.split(',').map((server) => server.trim())
+  const servers = urls.map((server) => server.replace(/^([a-z]+:\/\/)?[^/]*@/, '$1'))
+  const named = urls.find((_, i) => urls[i] !== servers[i])
+  if (named === undefined) return { servers }
+  const [user = '', pass = ''] = named
+    .replace(/^[a-z]+:\/\//, '')
+    .split('@', 1)[0]!
+    .split(':')
+  return { servers, user: decodeURIComponent(user), pass: decodeURIComponent(pass) }
+}
+
 export interface BusOptions {
-  /** One URL or several, separated by commas. */
+  /** One URL or several, separated by commas; with a user and a password where the server wants them. */
   url: string
   /** Shown in the server’s connection list. */
   name: string
@@ -142,7 +158,7 @@ export class Bus implements AsyncDisposable {
       signal?.throwIfAborted()
       try {
         const nc = await connect({
-          servers: url.split(','),
+          ...serversOf(url),
           name,
           maxReconnectAttempts: -1,
           reconnectTimeWait: 200,
@@ -323,7 +339,12 @@ export class Bus implements AsyncDisposable {
         const published = await this.publishEvent(subject, event, expected)
         if (published.stored) return published
         const { event: last, eventSeq, seq } = await this.#place(lifecycleSubjects(event.subject))
-        if (last?.id === event.id && last.source === event.source && last.time === event.time)
+        if (
+          last?.id === event.id &&
+          last.source === event.source &&
+          last.time === event.time &&
+          last.traceparent === event.traceparent
+        )
           return { stored: true, seq }
         if (seq <= expected || eventSeq > expected)
           return { stored: false, last: last === undefined ? undefined : { event: last, seq } }

@@ -72,6 +72,7 @@ export class Follower implements AsyncDisposable {
   #wake: (() => void) | undefined
   #hurried = false
   #pending = 0
+  #heldAtFirst: number | undefined
 
   constructor(bus: Bus, options: FollowOptions) {
     this.#bus = bus
@@ -85,6 +86,11 @@ export class Follower implements AsyncDisposable {
   /** Creation time of the stream that is followed; null until it was first reached. */
   get created(): string | null {
     return this.#place.created
+  }
+
+  /** Last sequence that the stream held when it was first reached; undefined until then. */
+  get heldAtFirst(): number | undefined {
+    return this.#heldAtFirst
   }
 
   /** Messages known to be stored and not yet handed out; undefined while that is not known. */
@@ -197,6 +203,7 @@ export class Follower implements AsyncDisposable {
         throw new StreamReplaced(stream, `message ${seq} is another one than was read`)
     }
     this.#place = { seq, at, created: info.created }
+    this.#heldAtFirst ??= info.state.last_seq
     const consumer = await jsm.consumers.add(stream, {
       name: `follow-${nuid.next()}`,
       ack_policy: 'none',

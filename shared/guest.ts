@@ -40,6 +40,8 @@ export const kinds = {
   fetch: 21,
   /** nobody waits for fetch n any more */
   unfetch: 22,
+  /** `SpanBegin` or `SpanEnd`: a span of user code. Only where the run’s ctx says `traced` */
+  span: 23,
   /** bytes of a stream, at most `chunkBytes` */
   data: 32,
   /** the stream is complete */
@@ -102,6 +104,41 @@ export interface FetchedHead {
   /** False where the status has no body. */
   body: boolean
 }
+
+/** What a span of user code says of itself. */
+export type SpanAttributes = Record<string, string | number | boolean>
+
+/** Times are ms with fractions since the guest began with the run, or what else the isolation has agreed upon. */
+export interface SpanBegin {
+  /** 16 hex digits, made by the guest, not all 0. */
+  id: string
+  /** Id of the span it stands under; absent: the run itself. */
+  parent?: string
+  name: string
+  /** It asks somebody else for something. */
+  kind?: 'client'
+  start: number
+  attributes?: SpanAttributes
+}
+
+/** Of one that has begun. What is still open when the run ends is ended by the runner. */
+export interface SpanEnd {
+  id: string
+  end: number
+  /** Added to those it began with. */
+  attributes?: SpanAttributes
+  /** Why it failed, where it did. */
+  error?: string
+}
+
+/** Spans of one run; more are not sent, and not taken. */
+export const maxSpans = 256
+export const maxSpanAttributes = 32
+/** Characters of an attribute’s name, and of its value: of a longer one only the length is kept. */
+export const maxSpanKey = 128
+export const maxSpanValue = 1_024
+/** Characters of a span’s name and of an error: these are cut, but only behind where secrets are hidden. */
+export const maxSpanText = 16_000
 
 export const logLevels: readonly LogLevel[] = ['debug', 'info', 'warn', 'error']
 

@@ -11,6 +11,7 @@ import {
   isEnd,
   type LifecycleEvent,
 } from './events.ts'
+import type { TraceLink } from './trace.ts'
 import {
   type BlobRef,
   type Cause,
@@ -38,7 +39,7 @@ export const kindOf = (event: LifecycleEvent): Kind => event.type.slice('vulcan.
 export const hasEnded = (status: Status): boolean => Object.keys(moves[status]).length === 0
 
 /** All that is known of a workload: the public answer plus what the platform needs to go on with it. */
-export interface WorkloadRecord extends Omit<Workload, 'output'> {
+export interface WorkloadRecord extends Omit<Workload, 'output' | 'trace_url'> {
   /** Stream sequence of `accepted`: the order of listing. */
   accepted_seq: number
   /** Stream sequence of the last event folded in: what the next publish must expect. */
@@ -192,8 +193,15 @@ export function fold(record: WorkloadRecord | undefined, event: LifecycleEvent, 
   }
 }
 
-/** The public answer: the record without what is the platform’s own. `output` is given where it stood in a blob. */
-export function toWorkload(record: WorkloadRecord, output: unknown = record.output): Workload {
+/**
+ * The public answer: the record without what is the platform’s own. `output` is given where it stood in a blob,
+ * `traceUrl` where people can look at traces.
+ */
+export function toWorkload(
+  record: WorkloadRecord,
+  output: unknown = record.output,
+  traceUrl: TraceLink = () => null,
+): Workload {
   return {
     id: record.id,
     status: record.status,
@@ -211,6 +219,7 @@ export function toWorkload(record: WorkloadRecord, output: unknown = record.outp
     error: record.error,
     receipt: record.receipt,
     trace_id: record.trace_id,
+    trace_url: traceUrl(record.trace_id),
     labels: record.labels,
     function: record.function,
     http: record.http,

@@ -31,6 +31,9 @@ export const runnerSubject = (runner: string) => `vulcan.runners.${runner}`
 /** vulcan.roll-call: asks every runner for a heartbeat now. Core NATS. */
 export const rollCallSubject = 'vulcan.roll-call'
 
+/** vulcan.metrics: asks every process for what it counts; answers are gzipped JSON. Core NATS. */
+export const metricsSubject = 'vulcan.metrics'
+
 /**
  * vulcan.reply.{gateway}.{workload}: the response of an HTTP invocation as it comes, from its runner to the gateway
  * whose caller waits; see `exchange.ts`. Core NATS.

@@ -80,6 +80,7 @@ export function streams(options: TopologyOptions): (Partial<StreamConfig> & { na
       retention: 'limits',
       max_age: hours(options.logsMaxAgeH),
       max_bytes: mebibytes(options.logsMaxMb),
+      allow_direct: true,
     },
   ] as (Partial<StreamConfig> & { name: string })[]
 }
@@ -208,6 +209,10 @@ export async function removeLane(
 /** How a work consumer does, and by which settings. */
 export interface WorkQueueInfo {
   name: string
+  /** What it takes of the stream’s subjects. */
+  subjects: string
+  /** When the server looked, ms since the epoch. */
+  at: number
   pending: number
   /** Delivered and not acknowledged. */
   out: number
@@ -215,6 +220,10 @@ export interface WorkQueueInfo {
   waiting: number
   /** Consumer sequence of the last delivery. */
   delivered: number
+  /** Stream sequence up to which all of its messages were delivered at least once. */
+  deliveredTo: number
+  /** Delivered more than once and not acknowledged. */
+  redelivered: number
   maxOut: number
   ackWaitMs: number
 }
@@ -225,10 +234,14 @@ export async function workQueues(jsm: JetStreamManager): Promise<Map<string, Wor
   for await (const info of jsm.consumers.list(WORK))
     found.set(info.name, {
       name: info.name,
+      subjects: info.config.filter_subject ?? '>',
+      at: info.ts === undefined ? Date.now() : Date.parse(info.ts),
       pending: info.num_pending,
       out: info.num_ack_pending,
       waiting: info.num_waiting,
       delivered: info.delivered.consumer_seq,
+      deliveredTo: info.delivered.stream_seq,
+      redelivered: info.num_redelivered,
       maxOut: info.config.max_ack_pending ?? 0,
       ackWaitMs: (info.config.ack_wait ?? 0) / 1_000_000,
     })

@@ -18,6 +18,49 @@ export function continueTrace(header: string | undefined): TraceContext {
   const traceId = valid ? caller : randomUUID().replaceAll('-', '')
   return {
     traceId,
-    traceparent: `00-${traceId}-${randomUUID().replaceAll('-', '').slice(16)}-${valid ? flags : '00'}`,
+    traceparent: `00-${traceId}-${newSpanId()}-${valid ? flags : '00'}`,
   }
+}
+
+/** Whether it is the id of a span: 16 hex digits, not all 0. */
+export const isSpanId = (value: unknown): value is string =>
+  typeof value === 'string' && /^(?!0{16})[0-9a-f]{16}$/.test(value)
+
+/** Whether it is one that can be continued. */
+export const isTraceparent = (value: string): boolean => {
+  const match = pattern.exec(value)
+  return match !== null && !/^0+$/.test(match[1]!) && !/^0+$/.test(match[2]!)
+}
+
+/** Of a valid traceparent. */
+export const traceIdOf = (traceparent: string): string => traceparent.slice(3, 35)
+export const spanIdOf = (traceparent: string): string => traceparent.slice(36, 52)
+export const isSampled = (traceparent: string): boolean =>
+  (Number.parseInt(traceparent.slice(53, 55), 16) & 1) === 1
+
+/** The same trace with another span: what stands under that one. */
+export const withSpanId = (traceparent: string, spanId: string): string =>
+  `${traceparent.slice(0, 36)}${spanId}${traceparent.slice(52)}`
+
+/** 16 hex digits; not all 0, as the variant of a UUID is among them. */
+export const newSpanId = (): string => randomUUID().replaceAll('-', '').slice(16)
+
+/** What a log line says of a trace. */
+export const traceFields = (traceparent: string | undefined): { trace_id?: string; span_id?: string } =>
+  traceparent === undefined ? {} : { trace_id: traceIdOf(traceparent), span_id: spanIdOf(traceparent) }
+
+/** Where a trace can be looked at; null: nobody has said where. */
+export type TraceLink = (traceId: string | null) => string | null
+
+/**
+ * `template` is a URL with `{trace_id}` in it, or the base URL of a Jaeger UI.
+ *
+ * @example traceLinks('http://localhost:16686')('0af7…') // http://localhost:16686/trace/0af7…
+ */
+export function traceLinks(template: string | undefined): TraceLink {
+  if (template === undefined) return () => null
+  const whole = template.includes('{trace_id}')
+    ? template
+    : `${template.replace(/\/+$/, '')}/trace/{trace_id}`
+  return (traceId) => (traceId === null ? null : whole.replaceAll('{trace_id}', traceId))
 }

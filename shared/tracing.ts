@@ -44,8 +44,24 @@ export interface Tracing extends AsyncDisposable {
   begin(name: string, options: SpanOptions): Span
 }
 
-/** Milliseconds since the epoch, with fractions and in step with `performance.now()`. */
-export const preciseNow = (): number => performance.timeOrigin + performance.now()
+/** Milliseconds between two looks at the system’s clock, and how far ours may be off it. */
+const lookMs = 1_000
+const driftMs = 5
+let origin = performance.timeOrigin
+let lookAt = 0
+
+/**
+ * Milliseconds since the epoch, with fractions. In step with `performance.now()`, except where the system’s clock was
+ * set, or the host slept: other processes would be somewhere else in time.
+ */
+export function preciseNow(): number {
+  const now = performance.now()
+  if (now >= lookAt) {
+    lookAt = now + lookMs
+    if (Math.abs(Date.now() - (origin + now)) > driftMs) origin = Date.now() - now
+  }
+  return origin + now
+}
 
 class Passing implements Span {
   readonly traceparent: string
@@ -59,11 +75,14 @@ class Passing implements Span {
   end(): void {}
 }
 
+/** A span that nothing is kept of: what follows stands under `traceparent`. */
+export const passing = (traceparent: string): Span => new Passing(traceparent)
+
 /** Traces go through, nothing is recorded. A span without a parent begins a trace that is not sampled. */
 export const tracingOff: Tracing = {
   on: false,
   begin: (_name, { kind, parent }) =>
     // Only requests from outside may carry anything; all else stands under something of our own.
-    new Passing(parent === undefined || kind === 'server' ? continueTrace(parent).traceparent : parent),
+    passing(parent === undefined || kind === 'server' ? continueTrace(parent).traceparent : parent),
   async [Symbol.asyncDispose]() {},
 }

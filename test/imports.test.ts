@@ -126,7 +126,7 @@ test("an isolation imports the runner interface, egress, its own folder and shar
     ({ from, to }) =>
       isolation(from) !== undefined &&
       isolation(to) !== isolation(from) &&
-      !['runners/runner.ts', 'runners/egress.ts'].includes(to) &&
+      !['runners/runner.ts', 'runners/egress.ts', 'runners/metrics.ts'].includes(to) &&
       isolation(to) !== 'guest' &&
       // A microVM is one more box of containers, made of what rootfs builds.
       !(isolation(from) === 'microvm' && (isolation(to) === 'container' || top(to) === 'rootfs')) &&
@@ -141,6 +141,17 @@ test('only the dispatcher imports drizzle and libSQL', () => {
 
 test("only shared's bus and blob files import the NATS client", () => {
   forbid('NATS client', ({ from, to }) => isNats(to) && !natsFiles.includes(from))
+})
+
+test('only the telemetry imports OpenTelemetry, and only the metrics prom-client', () => {
+  forbid(
+    'OpenTelemetry',
+    ({ from, to }) => to.startsWith('@opentelemetry/') && from !== 'shared/telemetry.ts',
+  )
+  const metrics = ['shared', 'gateway', 'dispatcher', 'runners'].map((part) => `${part}/metrics.ts`)
+  forbid('prom-client', ({ from, to }) => to === 'prom-client' && !metrics.includes(from))
+  const eager = readFileSync(join(root, 'shared/telemetry.ts'), 'utf8')
+  assert.not.match(eager, /^import (?!type)[^\n]*@opentelemetry/m)
 })
 
 test('nothing imports a main.ts', () => {

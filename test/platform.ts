@@ -4,11 +4,14 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { type Platform, platformConfig, startPlatform } from '../scripts/platform.ts'
 
+/** `lines`: what its processes have said so far, each line behind the name of who said it. */
+export type TestPlatform = Platform & { readonly lines: readonly string[] }
+
 /**
  * `env` goes to every process, over what the caller's environment has. `VULCAN_ISOLATIONS` says which runners are
  * started; that of isolates alone unless given.
  */
-export async function startTestPlatform(env: Record<string, string> = {}): Promise<Platform> {
+export async function startTestPlatform(env: Record<string, string> = {}): Promise<TestPlatform> {
   const dataDir = await mkdtemp(join(tmpdir(), 'vulcan-'))
   const lines: string[] = []
   const config = platformConfig({
@@ -31,6 +34,7 @@ export async function startTestPlatform(env: Record<string, string> = {}): Promi
     const platform = await startPlatform(config, { log })
     return {
       ...platform,
+      lines,
       [Symbol.asyncDispose]: async () => {
         await platform.stop()
         await rm(dataDir, { recursive: true, force: true })

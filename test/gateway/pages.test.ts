@@ -110,6 +110,7 @@ const word = (host: string, over: Partial<Heartbeat> = {}): Heartbeat => ({
   slots: 1,
   active: 0,
   metrics: {},
+  metrics_url: null,
   host,
   pid: 1,
   started_at: new Date().toISOString(),
@@ -328,7 +329,11 @@ test('the OpenAPI document is 3.1 and lists every route with its methods, and no
   assert.match(headers.get('content-type')!, 'application/json')
   assert.match(body.openapi, /^3\.1\./)
   const { gatewayApp } = await import('../../gateway/app.ts')
-  const app = gatewayApp({ ...here.gateway, gatewayId: 'g' } as unknown as Parameters<typeof gatewayApp>[0])
+  const { GatewayMetrics } = await import('../../gateway/metrics.ts')
+  const metrics = new GatewayMetrics('g')
+  const app = gatewayApp({ ...here.gateway, gatewayId: 'g', metrics } as unknown as Parameters<
+    typeof gatewayApp
+  >[0])
   const served = app.routes
     .filter(({ method }) => method !== 'ALL')
     .map(({ method, path }) => `${method} ${inBraces(path.replace(/(.)\/$/, '$1'))}`)

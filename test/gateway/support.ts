@@ -21,6 +21,8 @@ import { newProcessId } from '../../shared/ids.ts'
 import { Meters } from '../../shared/meters.ts'
 import { Registry } from '../../shared/registry.ts'
 import { Secrets } from '../../shared/secrets.ts'
+import type { TraceLink } from '../../shared/trace.ts'
+import type { Tracing } from '../../shared/tracing.ts'
 import type { Isolation } from '../../shared/workload.ts'
 import { type Code, completed, startWorker, testBox, type Worker } from '../runners/support.ts'
 import { type Ground, ground, until } from '../shared/support.ts'
@@ -48,6 +50,8 @@ export interface GatewayOptions {
   gate?: Gate
   /** Another bubblewrap for builds. */
   bwrap?: string
+  tracing?: Tracing
+  traceUrl?: TraceLink
 }
 
 export async function startGateway(on: Ground, options: GatewayOptions = {}): Promise<Gateway> {
@@ -79,6 +83,8 @@ export async function startGateway(on: Ground, options: GatewayOptions = {}): Pr
     gatewayId: id,
     waits,
     exchanges,
+    tracing: options.tracing,
+    traceUrl: options.traceUrl,
     reads: readsFrom(options.dispatcherUrl ?? nobody),
     maxBodyBytes: options.maxBodyBytes ?? 64 * 1_048_576,
     maxBlobBytes: options.maxBodyBytes ?? 64 * 1_048_576,

@@ -121,6 +121,16 @@ test('without a word, what the host has in sight is tried', () => {
   assert.throws(() => platformConfig({ VULCAN_ISOLATIONS: 'isolate,jail' }), 'VULCAN_ISOLATIONS')
 })
 
+test('the password of the broker’s account stands in the URL that the processes get', async () => {
+  await using scope = new AsyncDisposableStack()
+  const VULCAN_NATS_PASSWORD = 'p/w:1@ "'
+  await using platform = await start(await fixture(scope), { VULCAN_NATS_PASSWORD })
+  const env = (await (await fetch(`${platform.url}/env`)).json()) as Record<string, string>
+  assert.is(env.NATS_URL, platform.natsUrl)
+  const { username, password } = new URL(platform.natsUrl)
+  assert.equal([username, decodeURIComponent(password)], ['vulcan', VULCAN_NATS_PASSWORD])
+})
+
 test('nats-server comes back at the same port', async () => {
   await using scope = new AsyncDisposableStack()
   await using platform = await start(await fixture(scope))

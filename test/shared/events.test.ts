@@ -43,7 +43,10 @@ const end = {
     walls: ['bubblewrap'],
     start: 'warm' as const,
     limits,
-    usage: { cpu_ms: 0.5, memory_peak_mb: null },
+    usage: {
+      ...{ cpu_ms: 0.5, memory_peak_mb: null, disk_read_bytes: 0, disk_written_bytes: null },
+      ...{ network_received_bytes: 12, network_sent_bytes: null },
+    },
   },
 }
 const neverRan = {

@@ -14,7 +14,7 @@ import {
   storedEnds,
   workloadOf,
 } from '../../shared/subjects.ts'
-import { continueTrace } from '../../shared/trace.ts'
+import { continueTrace, traceFields, traceLinks } from '../../shared/trace.ts'
 import { WorkloadId } from '../../shared/workload.ts'
 
 const uuid = /^[0-9a-f]{8}-[0-9a-f]{4}-([0-9a-f])[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/
@@ -161,6 +161,46 @@ test('the environment sets what it names', () => {
   assert.is(config.natsUrl, 'nats://a:1,nats://b:2')
   assert.is(config.topology.ackWaitMs, 2_000)
   assert.is(config.topology.replicas, 3)
+})
+
+test('tracing is set by the variables of OpenTelemetry, and by ours', () => {
+  const { stdout } = readConfig({
+    OTEL_EXPORTER_OTLP_ENDPOINT: 'http://collector:4318',
+    OTEL_TRACES_SAMPLER: 'parentbased_traceidratio',
+    OTEL_TRACES_SAMPLER_ARG: '0.1',
+    OTEL_SDK_DISABLED: 'false',
+    VULCAN_TRACE_FAILURES: 'off',
+    VULCAN_TRACE_URL: 'http://jaeger:16686',
+  })
+  const { telemetry, traceUrl } = JSON.parse(stdout)
+  assert.is(telemetry.endpoint, 'http://collector:4318')
+  assert.is(telemetry.sampler, 'parentbased_traceidratio')
+  assert.is(telemetry.samplerArg, 0.1)
+  assert.is(telemetry.disabled, false)
+  assert.is(telemetry.failures, 'off')
+  assert.is(traceUrl, 'http://jaeger:16686')
+  const { status, stderr } = readConfig({
+    OTEL_TRACES_SAMPLER: 'often',
+    OTEL_EXPORTER_OTLP_PROTOCOL: 'grpc',
+    VULCAN_TRACE_URL: 'jaeger',
+  })
+  assert.is(status, 78)
+  for (const name of ['OTEL_TRACES_SAMPLER', 'OTEL_EXPORTER_OTLP_PROTOCOL', 'VULCAN_TRACE_URL'])
+    assert.match(stderr, `${name}: `)
+})
+
+test('where a trace can be looked at is a template, or the address of a Jaeger UI', () => {
+  const id = 'a'.repeat(32)
+  assert.is(traceLinks(undefined)(id), null)
+  assert.is(traceLinks('http://jaeger:16686/')(id), `http://jaeger:16686/trace/${id}`)
+  assert.is(traceLinks('http://x/{trace_id}?a={trace_id}')(id), `http://x/${id}?a=${id}`)
+  assert.is(traceLinks('http://jaeger:16686')(null), null)
+})
+
+test('a log line about a trace has its ids', () => {
+  const { traceId, traceparent } = continueTrace(undefined)
+  assert.equal(traceFields(traceparent), { trace_id: traceId, span_id: traceparent.slice(36, 52) })
+  assert.equal(traceFields(undefined), {})
 })
 
 test('every bad variable is named and the process ends', () => {

@@ -1,0 +1,174 @@
+/**
+ * `npm run bench:tracing`: what tracing and metrics cost a warm function call: the platform with tracing off and with
+ * every call sampled, beside the code of the last commit that had neither; three platforms at once, measured one after
+ * the other in many short rounds, as the machine is never the same for long. `npm run bench:tracing -- 0.5 40`: seconds
+ * a measurement, rounds.
+ */
+import { execFileSync, spawn } from 'node:child_process'
+import { readdirSync, readFileSync, symlinkSync } from 'node:fs'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join, resolve } from 'node:path'
+import { createInterface } from 'node:readline'
+import { pathToFileURL } from 'node:url'
+import { startTestPlatform } from '../test/platform.ts'
+import { watchSteal } from './cpu.ts'
+import { deployCode } from './deploy.ts'
+import { load } from './load.ts'
+import { medianOf, ms, perSecond, Taken } from './table.ts'
+
+const [seconds = 0.5, rounds = 40] = process.argv.slice(2).map(Number)
+/** The last commit before tracing and metrics. */
+const before = '19df3cd'
+const widths = [1, 64]
+/** Of each, before anything is measured: in the first seconds compilers take a tenth of the cores. */
+const warmUpSeconds = 12
+
+const code = `export default {
+  async fetch(request) {
+    const { x } = await request.json()
+    return Response.json({ y: x * 2 })
+  },
+}`
+const body = JSON.stringify({ x: 21 })
+const path = '/fn/double'
+const root = resolve(import.meta.dirname, '..')
+
+await using scope = new AsyncDisposableStack()
+
+/** The code as it was, with today’s packages. */
+async function codeOf(commit: string): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'vulcan-before-'))
+  scope.defer(() => rm(folder, { recursive: true, force: true }))
+  const archive = execFileSync('git', ['archive', commit], { cwd: root, maxBuffer: 1 << 30 })
+  execFileSync('tar', ['-x', '-C', folder], { input: archive })
+  symlinkSync(join(root, 'node_modules'), join(folder, 'node_modules'))
+  return folder
+}
+
+/** A process of its own that swallows traces. */
+async function startReceiver(): Promise<{ url: string; bytes(): Promise<number> }> {
+  const child = spawn(process.execPath, [join(import.meta.dirname, 'receiver.ts')], {
+    stdio: ['pipe', 'pipe', 'inherit'],
+  })
+  scope.defer(() => void child.kill())
+  const lines = createInterface(child.stdout)[Symbol.asyncIterator]()
+  const next = async () => Number((await lines.next()).value)
+  const url = `http://127.0.0.1:${await next()}`
+  return {
+    url,
+    bytes: () => {
+      child.stdin.write('\n')
+      return next()
+    },
+  }
+}
+
+type Started = Awaited<ReturnType<typeof startTestPlatform>>
+/** Nanoseconds of CPU by thread (`/proc/<pid>/task/<tid>/schedstat`): of the platform’s processes and all below them. */
+function cpuByThread({ supervisor }: Started): Map<string, number> {
+  const found = new Map<string, number>()
+  const pids = ['nats-server', 'dispatcher', 'runner', 'gateway'].map((part) => supervisor.pid(part)!)
+  for (let pid = pids.pop(); pid !== undefined; pid = pids.pop())
+    try {
+      for (const thread of readdirSync(`/proc/${pid}/task`)) {
+        const task = `/proc/${pid}/task/${thread}`
+        found.set(task, Number(readFileSync(`${task}/schedstat`, 'utf8').split(' ', 1)[0]))
+        const below = readFileSync(`${task}/children`, 'utf8').trim()
+        if (below !== '') pids.push(...below.split(' ').map(Number))
+      }
+    } catch {
+      // It has ended.
+    }
+  return found
+}
+
+/** Looks now; what it gives tells the microseconds of CPU that the platform has used since. */
+function watchCpu(platform: Started): () => number {
+  const then = cpuByThread(platform)
+  return () => {
+    let used = 0
+    for (const [thread, now] of cpuByThread(platform)) used += now - (then.get(thread) ?? 0)
+    return used / 1_000
+  }
+}
+
+const receiver = await startReceiver()
+const folder = await codeOf(before)
+const past: { startTestPlatform: typeof startTestPlatform } = await import(
+  pathToFileURL(join(folder, 'test/platform.ts')).href
+)
+/** No variable of the caller’s may turn on what is to be off. */
+for (const name of Object.keys(process.env)) if (name.startsWith('OTEL_')) delete process.env[name]
+const targets = {
+  before: scope.use(await past.startTestPlatform()),
+  off: scope.use(await startTestPlatform()),
+  sampled: scope.use(await startTestPlatform({ OTEL_EXPORTER_OTLP_ENDPOINT: receiver.url })),
+}
+type Target = keyof typeof targets
+const names = Object.keys(targets) as Target[]
+
+console.log(
+  `${seconds} s a measurement, ${rounds} rounds, after ${warmUpSeconds} s of load each; before = ${before}; Node ${process.version}, ${process.platform}`,
+)
+for (const name of names) {
+  const { url } = targets[name]
+  await deployCode(url, 'double', code)
+  await load({ origin: url, path, body, connections: 64, seconds: warmUpSeconds, expect: 200 })
+}
+
+const steal = watchSteal()
+const taken = new Taken()
+let sampledCalls = 0
+const bytesBefore = await receiver.bytes()
+for (let round = 0; round < rounds; round++)
+  for (const connections of widths)
+    for (let turn = 0; turn < names.length; turn++) {
+      const name = names[(turn + round) % names.length]!
+      const platform = targets[name]
+      const options = { origin: platform.url, path, body, connections, expect: 200 }
+      const warm = await load({ ...options, seconds: 0.1 })
+      const used = watchCpu(platform)
+      const result = await load({ ...options, seconds })
+      const cpu = used() / result.requests
+      taken.keep(`${name} ${connections}`, { ...result, cpu })
+      if (name === 'sampled') sampledCalls += warm.requests + result.requests
+    }
+
+const row = (...cells: string[]) =>
+  console.log(cells.map((cell, i) => (i ? cell.padStart(i < 4 ? 12 : 20) : cell.padEnd(26))).join(''))
+const microseconds = (value: number) => `${value.toFixed(0)} µs`
+const fields = [
+  ['cpu', 'CPU a call', microseconds],
+  ['p50', 'p50', ms],
+  ['rate', 'rate', perSecond],
+] as const
+
+/** By how much more than before, in per cent: the median of the rounds, and its standard error. */
+function more(field: 'cpu' | 'p50' | 'rate', name: Target, connections: number): string {
+  const ours = taken.all(`${name} ${connections}`, field)
+  const theirs = taken.all(`before ${connections}`, field)
+  const ratios = ours.map((value, i) => 100 * (value / theirs[i]! - 1)).toSorted((a, b) => a - b)
+  const at = (share: number) => ratios[Math.round((ratios.length - 1) * share)]!
+  // Of a median of values that are spread like a normal distribution, by the width of their middle half.
+  const error = (0.93 * (at(0.75) - at(0.25))) / Math.sqrt(ratios.length)
+  return `${medianOf(ratios).toFixed(1)} % ± ${error.toFixed(1)}`
+}
+
+row('', ...names, 'off ÷ before', 'sampled ÷ before')
+for (const connections of widths)
+  for (const [field, word, format] of fields)
+    row(
+      `${connections} in flight: ${word}`,
+      ...names.map((name) => format(taken.of(`${name} ${connections}`, field))),
+      more(field, 'off', connections),
+      more(field, 'sampled', connections),
+    )
+const bytes = (await receiver.bytes()) - bytesBefore
+const dropped = targets.sampled.lines.filter((line) => /dropped/i.test(line))
+console.log(
+  `medians; ÷ is the median of the rounds’ own ratios. Promised: CPU off +2 %, sampled +25 % at most. ` +
+    `${(bytes / sampledCalls).toFixed(0)} bytes of spans a call; ${dropped.length} warnings of dropped spans; ` +
+    `${steal().toFixed(1)} % of CPU time went to other guests of the host.`,
+)
+for (const line of dropped.slice(0, 3)) console.log(`! ${line}`)
