@@ -65,10 +65,12 @@ async function startReceiver(): Promise<{ url: string; bytes(): Promise<number> 
 }
 
 type Started = Awaited<ReturnType<typeof startTestPlatform>>
-/** Nanoseconds of CPU by thread (`/proc/<pid>/task/<tid>/schedstat`): of the platform’s processes and all below them. */
-function cpuByThread({ supervisor }: Started): Map<string, number> {
+const parts = ['nats-server', 'dispatcher', 'runner', 'gateway'] as const
+
+/** Nanoseconds of CPU by thread (`/proc/<pid>/task/<tid>/schedstat`), of a process and all below it. */
+function cpuByThread(root: number): Map<string, number> {
   const found = new Map<string, number>()
-  const pids = ['nats-server', 'dispatcher', 'runner', 'gateway'].map((part) => supervisor.pid(part)!)
+  const pids = [root]
   for (let pid = pids.pop(); pid !== undefined; pid = pids.pop())
     try {
       for (const thread of readdirSync(`/proc/${pid}/task`)) {
@@ -83,14 +85,16 @@ function cpuByThread({ supervisor }: Started): Map<string, number> {
   return found
 }
 
-/** Looks now; what it gives tells the microseconds of CPU that the platform has used since. */
-function watchCpu(platform: Started): () => number {
-  const then = cpuByThread(platform)
-  return () => {
-    let used = 0
-    for (const [thread, now] of cpuByThread(platform)) used += now - (then.get(thread) ?? 0)
-    return used / 1_000
-  }
+/** Looks now; what it gives tells the microseconds of CPU that each part of the platform has used since. */
+function watchCpu({ supervisor }: Started): () => number[] {
+  const then = parts.map((part) => cpuByThread(supervisor.pid(part)!))
+  return () =>
+    parts.map((part, i) => {
+      let used = 0
+      for (const [thread, now] of cpuByThread(supervisor.pid(part)!))
+        used += now - (then[i]!.get(thread) ?? 0)
+      return used / 1_000
+    })
 }
 
 const receiver = await startReceiver()
@@ -130,8 +134,11 @@ for (let round = 0; round < rounds; round++)
       const warm = await load({ ...options, seconds: 0.1 })
       const used = watchCpu(platform)
       const result = await load({ ...options, seconds })
-      const cpu = used() / result.requests
+      const byPart = used().map((value) => value / result.requests)
+      const cpu = byPart.reduce((sum, value) => sum + value, 0)
       taken.keep(`${name} ${connections}`, { ...result, cpu })
+      for (const [i, part] of parts.entries())
+        taken.keep(`${name} ${connections} ${part}`, { ...result, errors: 0, cpu: byPart[i]! })
       if (name === 'sampled') sampledCalls += warm.requests + result.requests
     }
 
@@ -164,6 +171,8 @@ for (const connections of widths)
       more(field, 'off', connections),
       more(field, 'sampled', connections),
     )
+for (const part of parts)
+  row(`64 in flight: ${part}`, ...names.map((name) => microseconds(taken.of(`${name} 64 ${part}`, 'cpu'))))
 const bytes = (await receiver.bytes()) - bytesBefore
 const dropped = targets.sampled.lines.filter((line) => /dropped/i.test(line))
 console.log(
