@@ -47,6 +47,29 @@ export class Phases {
     }
   }
 
+  /** A part that may turn out to be none: `drop` it then. Where it is neither, it failed with the run. */
+  begin(name: PhaseName): {
+    done(describe?: () => Attributes): void
+    fail(error: unknown): void
+    drop(): void
+  } {
+    const start = preciseNow()
+    const key = Symbol(name)
+    this.#open.set(key, { name, start })
+    const drop = () => void this.#open.delete(key)
+    return {
+      drop,
+      done: (describe) => {
+        drop()
+        this.done(name, start, describe)
+      },
+      fail: (error) => {
+        drop()
+        this.add({ name, start, end: preciseNow(), error: String((error as Error).message).slice(0, 1_000) })
+      },
+    }
+  }
+
   /** A part that began at `start` (ms since the epoch) is done now. */
   done(name: PhaseName, start: number, describe?: () => Attributes | undefined): void {
     if (!this.#traced && this.#metrics === undefined) return

@@ -103,10 +103,7 @@ export class MicrovmEngine implements Engine {
     if (!this.resumes) return await this.#begin(spec, shape)
     const key = this.#keyOf(spec, shape)
     for (const isLast of [false, true]) {
-      const asked = preciseNow()
-      const kept = await this.#templates.get(key, (dir) => this.#make(spec, shape, dir))
-      this.#options.metrics?.templateAsked(kept.fresh ? 'miss' : 'hit')
-      if (kept.fresh) spec.phases?.done('boot machine', asked, () => ({ 'vulcan.machine.template': 'made' }))
+      const kept = await this.#template(spec, shape, key)
       try {
         return await this.#begin(spec, shape, kept)
       } catch (error) {
@@ -116,6 +113,21 @@ export class MicrovmEngine implements Engine {
       }
     }
     throw new Error('unreachable')
+  }
+
+  /** The template of a key; where it has to be made first, that is a boot. */
+  async #template({ phases = unmeasured, ...spec }: BoxSpec, shape: MachineShape, key: string) {
+    const boot = phases.begin('boot machine')
+    try {
+      const kept = await this.#templates.get(key, (dir) => this.#make(spec, shape, dir))
+      this.#options.metrics?.templateAsked(kept.fresh ? 'miss' : 'hit')
+      if (kept.fresh) boot.done(() => ({ 'vulcan.machine.template': 'made' }))
+      else boot.drop()
+      return kept
+    } catch (error) {
+      boot.fail(error)
+      throw error
+    }
   }
 
   async #shapeOf({ image, limits, network, phases = unmeasured }: BoxSpec): Promise<MachineShape> {

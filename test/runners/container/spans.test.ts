@@ -1,6 +1,7 @@
 /** What a run tells its trace and its figures of: spans of user code by the shims, phases, metrics. */
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
+import { Phases } from '../../../runners/container/phases.ts'
 import type { Phase } from '../../../runners/runner.ts'
 import { code, job, type RunOptions, run } from './jobs.ts'
 import { localRunner, localTest } from './local-engine.ts'
@@ -310,6 +311,26 @@ localTest('boxes are counted by what they do, and their clean-up is timed', asyn
   await run(runner, 'export default () => process.exit(1)')
   while ((await cleaned()) === before) await new Promise((resolve) => setTimeout(resolve, 20))
   runner.prepare(job('export default 1')).release()
+})
+
+test('a part that is under way when the run ends is told as failed; one that was none is not told', () => {
+  const told: Phase[] = []
+  const phases = new Phases({ function: undefined, traceparent, traced: true })
+  phases.begin('restore machine').drop()
+  phases.begin('mount files').done(() => ({ bytes: 3 }))
+  phases.begin('open network').fail(new Error('no wire'))
+  const late = phases.begin('boot machine')
+  phases.tell((phase) => told.push(phase))
+  phases.close()
+  late.done()
+  assert.equal(
+    told.map(({ name, error, attributes }) => ({ name, error, attributes })),
+    [
+      { name: 'mount files', error: undefined, attributes: { bytes: 3 } },
+      { name: 'open network', error: 'no wire', attributes: undefined },
+      { name: 'boot machine', error: 'the run ended before it', attributes: undefined },
+    ],
+  )
 })
 
 test.run()
