@@ -31,25 +31,20 @@ export class Phases {
     describe?: (result: T) => Attributes,
   ): Promise<T> {
     if (!this.#traced && this.#metrics === undefined) return await work()
-    const start = preciseNow()
-    const key = Symbol(name)
-    this.#open.set(key, { name, start })
+    const part = this.begin(name)
     try {
       const result = await work()
-      this.done(name, start, () => describe?.(result))
+      part.done(() => describe?.(result))
       return result
     } catch (error) {
-      if (this.#traced)
-        this.add({ name, start, end: preciseNow(), error: String((error as Error).message).slice(0, 1_000) })
+      part.fail(error)
       throw error
-    } finally {
-      this.#open.delete(key)
     }
   }
 
-  /** A part that may turn out to be none: `drop` it then. Where it is neither, it failed with the run. */
+  /** A part that begins now, and may turn out to be none: `drop` it then. One that is left open fails with the run. */
   begin(name: PhaseName): {
-    done(describe?: () => Attributes): void
+    done(describe?: () => Attributes | undefined): void
     fail(error: unknown): void
     drop(): void
   } {
