@@ -3,7 +3,7 @@
  * What is in them is hostile: nothing is written outside, and nothing without a bound.
  */
 import { createHash } from 'node:crypto'
-import { createReadStream, createWriteStream } from 'node:fs'
+import { createReadStream } from 'node:fs'
 import {
   chmod,
   link,
@@ -18,7 +18,7 @@ import {
   writeFile,
 } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
-import { Readable } from 'node:stream'
+import type { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { createGunzip } from 'node:zlib'
 import { Parser, type ReadEntry } from 'tar'
@@ -185,18 +185,16 @@ export async function linkInto(from: string, to: string): Promise<void> {
 async function receive(source: ByteSource, path: string, sha256: string, limit: number): Promise<void> {
   const hash = createHash('sha256')
   let size = 0
-  await pipeline(
-    Readable.from(source),
-    async function* (chunks: AsyncIterable<Uint8Array>) {
-      for await (const chunk of chunks) {
-        size += chunk.length
-        if (size > limit) throw new ArchiveError(`the archive has more than ${limit} bytes`)
-        hash.update(chunk)
-        yield chunk
-      }
-    },
-    createWriteStream(path, { flags: 'wx' }),
-  )
+  const counted = async function* () {
+    for await (const chunk of source) {
+      size += chunk.length
+      if (size > limit) throw new ArchiveError(`the archive has more than ${limit} bytes`)
+      hash.update(chunk)
+      yield chunk
+    }
+  }
+  // Not a write stream: one that fails at once may still make its file afterwards.
+  await writeFile(path, counted(), { flag: 'wx' })
   if (hash.digest('hex') !== sha256) throw new Error('what came of the archive is not what its digest says')
 }
 
@@ -303,7 +301,8 @@ class Tree {
     // The last of several is meant.
     if (stat !== undefined) await rm(at)
     const mode = executable ? 0o755 : 0o644
-    await pipeline(content, createWriteStream(at, { flags: 'wx', mode }))
+    // Through a pipeline: what comes may fail while the file is still being opened.
+    await pipeline(content, (chunks) => writeFile(at, chunks, { flag: 'wx', mode }))
     await chmod(at, mode)
   }
 

@@ -4,10 +4,10 @@
  */
 
 import { createHash } from 'node:crypto'
-import { createWriteStream, renameSync } from 'node:fs'
-import { mkdir, rm } from 'node:fs/promises'
+import { renameSync } from 'node:fs'
+import { mkdir, rm, writeFile } from 'node:fs/promises'
 import { join, posix } from 'node:path'
-import { Transform } from 'node:stream'
+import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import { z } from 'zod'
 import type { Digest } from '../../../shared/workload.ts'
@@ -139,18 +139,20 @@ function parseJson(bytes: Buffer): unknown {
 async function receive({ digest, open, maxBytes, signal }: ArchiveOptions, path: string, image: string) {
   const hash = createHash('sha256')
   let size = 0
-  const count = new Transform({
-    transform(piece: Uint8Array, _, done) {
-      hash.update(piece)
-      size += piece.length
-      if (size <= maxBytes) done(null, piece)
-      else
-        done(
-          new ImageError('invalid_workload', `${image} is larger than ${Math.floor(maxBytes / 2 ** 20)} MiB`),
+  const counted = async function* (chunks: AsyncIterable<Uint8Array>) {
+    for await (const chunk of chunks) {
+      hash.update(chunk)
+      size += chunk.length
+      if (size > maxBytes)
+        throw new ImageError(
+          'invalid_workload',
+          `${image} is larger than ${Math.floor(maxBytes / 2 ** 20)} MiB`,
         )
-    },
-  })
-  await pipeline(await open(), count, createWriteStream(path, { flags: 'wx', mode: 0o600 }), { signal })
+      yield chunk
+    }
+  }
+  const write = (chunks: AsyncIterable<Uint8Array>) => writeFile(path, chunks, { flag: 'wx', mode: 0o600 })
+  await pipeline(Readable.from(await open()), counted, write, { signal })
   const got: Digest = `sha256:${hash.digest('hex')}`
   if (got !== digest) throw new ImageError('backend_unavailable', `${image} came as other bytes: ${got}`)
 }

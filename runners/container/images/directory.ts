@@ -1,7 +1,6 @@
 /** Images from an OCI layout directory of this host (OCI image layout specification). */
 
-import { createWriteStream } from 'node:fs'
-import { realpath } from 'node:fs/promises'
+import { realpath, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { pipeline } from 'node:stream/promises'
 import { ImageError } from '../engine.ts'
@@ -92,9 +91,8 @@ export async function openLayout(
           autoClose: false,
           end: descriptor.size,
         })
-        await pipeline(source, createWriteStream(join(into, hexOf(descriptor.digest)), { flags: 'wx' }), {
-          signal,
-        })
+        const path = join(into, hexOf(descriptor.digest))
+        await pipeline(source, (chunks) => writeFile(path, chunks, { flag: 'wx' }), { signal })
       }
     },
   }

@@ -1,7 +1,7 @@
 /** The stream in which QEMU gives away what it holds, from its socket into a file. */
 import { once } from 'node:events'
-import { closeSync, createWriteStream, openSync } from 'node:fs'
-import { chmod, rm } from 'node:fs/promises'
+import { closeSync, openSync } from 'node:fs'
+import { chmod, rm, writeFile } from 'node:fs/promises'
 import { createServer, type Socket } from 'node:net'
 import { Transform } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
@@ -37,7 +37,7 @@ export async function saveState(qmp: Qmp, { folder, file, memory, maxBytes }: Sa
   const connected = once(server, 'connection', { signal: given.signal }) as Promise<[Socket]>
   const signal = AbortSignal.any([given.signal, AbortSignal.timeout(saveMs)])
   const written = connected.then(([stream]) =>
-    pipeline(stream, atMost(maxBytes), createWriteStream(file, { mode: 0o600 }), { signal }),
+    pipeline(stream, atMost(maxBytes), (chunks) => writeFile(file, chunks, { mode: 0o600 }), { signal }),
   )
   const over = qmp.event(isOver, saveMs, 'the snapshot')
   for (const promise of [written, over]) promise.catch(() => {})
