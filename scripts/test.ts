@@ -1,6 +1,8 @@
 // npm test [-- [--in <folder>] [part of a path…]]   every test/**/*.test.ts, two at once, 180 s a file unless it asks for more
 // npm run soak [-- …]                               every test/**/*.soak.ts, 12 h a file
 //
+// With CI set, up to two failed files are run once more, alone, and both runs are shown.
+//
 // The last line is `N passed, N failed, N skipped`; the exit code is 1 when something failed.
 import { resolve } from 'node:path'
 import { parseArgs } from 'node:util'
@@ -34,6 +36,7 @@ try {
     log: console.log,
     lanes: isSoak ? 1 : 2,
     live: isSoak,
+    again: process.env.CI && !isSoak ? 2 : 0,
     signal: stop.signal,
   })
 } catch (error) {

@@ -21,6 +21,11 @@ export type RunOptions = {
   lanes?: number
   /** Show output while it comes, not only that of a failed file. */
   live?: boolean
+  /**
+   * Up to so many failed files are run once more at the end, alone, and count by that: a machine that was busy with
+   * something else fails nobody. Both runs are told. Where more have failed, all stay failed. Default 0.
+   */
+  again?: number
   /** Gives up: what runs is killed and the rest is not run. */
   signal?: AbortSignal
 }
@@ -46,35 +51,52 @@ export function findTests(root: string, pattern: string, filters: string[]): str
 
 /** Runs each file in a process of its own and prints a line for each. */
 export async function runTests(options: RunOptions): Promise<Counts> {
-  const { log, signal, lanes = 1 } = options
+  const { log, signal, lanes = 1, again = 0 } = options
   const files = [...options.files]
-  const total: Counts = { passed: 0, failed: 0, skipped: 0 }
-  const skips: string[] = []
-  const failures: string[] = []
+  const results = new Map<string, FileResult>()
+  const run = async (file: string) => {
+    const begun = performance.now()
+    const result = await runFile(file, options)
+    const seconds = ((performance.now() - begun) / 1000).toFixed(1)
+    if (!isGreen(result) && !options.live) log(result.output)
+    log(`${isGreen(result) ? 'ok  ' : 'FAIL'}  ${file}  ${closingLine(result)}  (${seconds} s)`)
+    for (const problem of result.problems) log(`      ${problem}`)
+    results.set(file, result)
+  }
   // From both ends: neighbours are often after the same thing, such as control groups or a core for a machine.
   const lane = async (next: () => string | undefined) => {
-    for (let file = next(); file !== undefined && !signal?.aborted; file = next()) {
-      const begun = performance.now()
-      const result = await runFile(file, options)
-      const seconds = ((performance.now() - begun) / 1000).toFixed(1)
-      const isGreen = result.problems.length === 0
-      if (!isGreen && !options.live) log(result.output)
-      log(`${isGreen ? 'ok  ' : 'FAIL'}  ${file}  ${closingLine(result)}  (${seconds} s)`)
-      for (const problem of result.problems) log(`      ${problem}`)
-      total.passed += result.passed
-      total.failed += result.failed
-      total.skipped += result.skipped
-      skips.push(...result.skips.map((skip) => `SKIP  ${file}  ${skip}`))
-      failures.push(...result.problems.map((problem) => `FAIL  ${file}  ${problem}`))
-    }
+    for (let file = next(); file !== undefined && !signal?.aborted; file = next()) await run(file)
   }
   await Promise.all(
     Array.from({ length: lanes }, (_, n) => lane(() => (n % 2 === 0 ? files.shift() : files.pop()))),
   )
+  const failed = [...results].filter(([, result]) => !isGreen(result))
+  const unsteady: string[] = []
+  if (failed.length <= again)
+    for (const [file, first] of failed) {
+      if (signal?.aborted) break
+      log(`again ${file}`)
+      await run(file)
+      if (isGreen(results.get(file)!))
+        unsteady.push(
+          ...first.problems.map((problem) => `UNSTEADY  ${file}  ${problem}; passed when run again`),
+        )
+    }
+  const total: Counts = { passed: 0, failed: 0, skipped: 0 }
+  const [skips, failures]: [string[], string[]] = [[], []]
+  for (const [file, result] of results) {
+    total.passed += result.passed
+    total.failed += result.failed
+    total.skipped += result.skipped
+    skips.push(...result.skips.map((skip) => `SKIP  ${file}  ${skip}`))
+    failures.push(...result.problems.map((problem) => `FAIL  ${file}  ${problem}`))
+  }
   log('')
-  for (const line of [...skips, ...failures]) log(line)
+  for (const line of [...skips, ...unsteady, ...failures]) log(line)
   return total
 }
+
+const isGreen = ({ problems }: FileResult): boolean => problems.length === 0
 
 export const closingLine = ({ passed, failed, skipped }: Counts) =>
   `${passed} passed, ${failed} failed, ${skipped} skipped`

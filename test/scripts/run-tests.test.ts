@@ -66,6 +66,38 @@ test('in two lanes two files run at once, and all are counted', async () => {
   assert.equal(counts, { passed: 4, failed: 0, skipped: 0 })
 })
 
+test('a failed file may be run again alone, counts by that, and is told; more than so many are not', async () => {
+  await using scope = new AsyncDisposableStack()
+  // Fails unless it was run before.
+  const unsteady = `
+    import { existsSync, writeFileSync } from 'node:fs'
+    const mark = new URL('was-here', import.meta.url)
+    test('second time lucky', () => {
+      if (existsSync(mark)) return
+      writeFileSync(mark, '')
+      throw new Error('the first time')
+    })
+    test.run()`
+  const bad = `test('bad', () => { throw new Error('always') }); test.run()`
+  const run = async (files: Record<string, string>) => {
+    const lines: string[] = []
+    const root = await project(scope, files)
+    const log = (line: string) => lines.push(line)
+    const counts = await runTests({ root, files: Object.keys(files), timeoutMs: 20_000, again: 1, log })
+    return { ...counts, text: lines.join('\n') }
+  }
+  const lucky = await run({ 'a.test.mjs': unsteady })
+  assert.equal([lucky.passed, lucky.failed], [1, 0])
+  assert.match(
+    lucky.text,
+    /^UNSTEADY {2}a\.test\.mjs {2}second time lucky: the first time; passed when run again$/m,
+  )
+  const bound = await run({ 'a.test.mjs': bad })
+  assert.equal([bound.passed, bound.failed, bound.text.match(/^again/gm)?.length], [0, 1, 1])
+  const many = await run({ 'a.test.mjs': unsteady, 'b.test.mjs': bad })
+  assert.equal([many.passed, many.failed, many.text.match(/^again/gm)?.length], [0, 2, undefined])
+})
+
 test('a before hook that throws fails the tests it kept from running', async () => {
   const result = await verdict(`
     test.before(() => { throw new Error('no server') })
