@@ -1,5 +1,5 @@
 /** W3C trace context (https://www.w3.org/TR/trace-context/): one trace from HTTP through the bus to the sandbox. */
-import { randomUUID } from 'node:crypto'
+import { randomFillSync } from 'node:crypto'
 
 export interface TraceContext {
   /** 32 hex digits. */
@@ -15,7 +15,7 @@ export function continueTrace(header: string | undefined): TraceContext {
   const match = header === undefined ? null : pattern.exec(header)
   const [, caller, parent, flags] = match ?? []
   const valid = caller !== undefined && !/^0+$/.test(caller) && !/^0+$/.test(parent!)
-  const traceId = valid ? caller : randomUUID().replaceAll('-', '')
+  const traceId = valid ? caller : randomHex(16)
   return {
     traceId,
     traceparent: `00-${traceId}-${newSpanId()}-${valid ? flags : '00'}`,
@@ -35,15 +35,31 @@ export const isTraceparent = (value: string): boolean => {
 /** Of a valid traceparent. */
 export const traceIdOf = (traceparent: string): string => traceparent.slice(3, 35)
 export const spanIdOf = (traceparent: string): string => traceparent.slice(36, 52)
-export const isSampled = (traceparent: string): boolean =>
-  (Number.parseInt(traceparent.slice(53, 55), 16) & 1) === 1
+export const isSampled = (traceparent: string): boolean => '13579bdf'.includes(traceparent[54] ?? ' ')
 
 /** The same trace with another span: what stands under that one. */
 export const withSpanId = (traceparent: string, spanId: string): string =>
   `${traceparent.slice(0, 36)}${spanId}${traceparent.slice(52)}`
 
-/** 16 hex digits; not all 0, as the variant of a UUID is among them. */
-export const newSpanId = (): string => randomUUID().replaceAll('-', '').slice(16)
+/** 16 hex digits; not all 0. */
+export const newSpanId = (): string => randomHex(8)
+
+/** Randomness is fetched for many ids at once. */
+const random = Buffer.alloc(4_096)
+let used = random.byteLength
+
+/** So many bytes as hex digits, of which not all are 0: that is no id of a trace or span. */
+function randomHex(bytes: number): string {
+  for (;;) {
+    if (used + bytes > random.byteLength) {
+      randomFillSync(random)
+      used = 0
+    }
+    used += bytes
+    const digits = random.toString('hex', used - bytes, used)
+    if (!/^0+$/.test(digits)) return digits
+  }
+}
 
 /** What a log line says of a trace. */
 export const traceFields = (traceparent: string | undefined): { trace_id?: string; span_id?: string } =>

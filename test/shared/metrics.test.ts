@@ -1,4 +1,5 @@
 import { setTimeout as delay } from 'node:timers/promises'
+import { Histogram } from 'prom-client'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
 import { Bus } from '../../shared/bus.ts'
@@ -86,6 +87,35 @@ test('a measurement of a sampled trace leads to it, in OpenMetrics alone', async
     ),
   )
   assert.is(lines.at(-2), '# EOF')
+})
+
+test('a distribution is told as the library tells its own', async () => {
+  const name = 'vulcan_took_seconds'
+  const buckets = [0.1, 1, 10]
+  const pages = []
+  for (const labels of [[], ['a', 'b']] as const) {
+    const registries = [createRegistry('vulcan-gateway', 'g'), createRegistry('vulcan-gateway', 'g')] as const
+    const ours = new Distribution<readonly string[]>({
+      name,
+      help: 't',
+      labels,
+      buckets,
+      registry: registries[0],
+    })
+    const theirs = new Histogram({ name, help: 't', labelNames: labels, buckets, registers: [registries[1]] })
+    const page = async () =>
+      await Promise.all(
+        registries.map(async (registry) => (await metricsPage(await familiesOf(registry), openMetrics)).body),
+      )
+    pages.push(await page())
+    for (const value of [0, 0.1, 0.100001, 5, 10, 10.5, 1e9])
+      for (const b of ['p', 'q']) {
+        ours.add(value, undefined, ...labels.map((label) => (label === 'a' ? 'x' : b)))
+        theirs.observe(Object.fromEntries(labels.map((label) => [label, label === 'a' ? 'x' : b])), value)
+      }
+    pages.push(await page())
+  }
+  for (const [ours, theirs] of pages) assert.is(ours, theirs)
 })
 
 test('figures are read when somebody asks, and what is not known is left out', async () => {
