@@ -12,17 +12,18 @@ import {
 } from '@nats-io/jetstream'
 import { type KV, Kvm } from '@nats-io/kv'
 import { nuid } from '@nats-io/nats-core'
+import type { NatsConnectionImpl } from '@nats-io/nats-core/internal'
 import {
   connect,
   type Msg,
   type MsgHdrs,
   type NatsConnection,
-  type PublishOptions,
   type Subscription,
 } from '@nats-io/transport-node'
 import { knownForMs } from './backends.ts'
 import { BusUnavailable, MessageTooLarge, StreamFull } from './errors.ts'
 import { type AnyEvent, LifecycleEvent } from './events.ts'
+import { headerBlock, Outbox } from './outbox.ts'
 import { eventSubject, lastToken, lifecycleSubjects } from './subjects.ts'
 import { BACKENDS, EVENTS } from './topology.ts'
 import type { WorkloadId } from './workload.ts'
@@ -88,7 +89,9 @@ interface Place {
 }
 
 interface Ack {
-  resolve(message: Msg | undefined): void
+  subject: string
+  resolve(seq: number): void
+  reject(error: unknown): void
   /** Milliseconds since the epoch. */
   deadline: number
 }
@@ -125,8 +128,7 @@ export class Bus implements AsyncDisposable {
   /** When the connection was lost, ms since the epoch; undefined while connected. */
   disconnectedAt: number | undefined
   readonly #listeners = new Set<(connected: boolean) => void>()
-  readonly #outbox: [subject: string, payload: string | Uint8Array, options: PublishOptions | undefined][] =
-    []
+  readonly #outbox = new Outbox()
   #soon: [subject: string, payload: string][] = []
   #soonTimer: NodeJS.Timeout | undefined
   readonly #acks = new Map<string, Ack>()
@@ -143,7 +145,7 @@ export class Bus implements AsyncDisposable {
       const token = lastToken(message.subject)
       const ack = this.#acks.get(token)
       this.#acks.delete(token)
-      ack?.resolve(message)
+      if (ack !== undefined) settle(ack, message)
     })
     this.#ackTimer = setInterval(() => this.#expireAcks(), 500)
     void this.#watch()
@@ -221,16 +223,23 @@ export class Bus implements AsyncDisposable {
 
   /**
    * Core publish in order of calls. What is published in one turn of the event loop leaves in one write: under
-   * load that saves most of the system calls. With nothing outstanding there is nothing to wait for. Throws `MessageTooLarge` for what the server would refuse.
+   * load that saves most of the system calls. With nothing outstanding there is nothing to wait for. Throws
+   * `MessageTooLarge` for what the server would refuse.
    */
-  publish(subject: string, payload: string | Uint8Array, options?: PublishOptions): void {
+  publish(subject: string, payload: string | Uint8Array, reply?: string): void {
+    this.#publish(subject, reply, '', payload)
+  }
+
+  #publish(subject: string, reply: string | undefined, headers: string, payload: string | Uint8Array): void {
     const limit = (this.nc.info?.max_payload ?? Number.POSITIVE_INFINITY) - headerBytes
     if (payload.length * 3 > limit && Buffer.byteLength(payload) > limit)
       throw new MessageTooLarge(`${subject}: ${Buffer.byteLength(payload)} bytes where ${limit} are taken`)
     if (this.#closed) return
-    if (this.#outbox.push([subject, payload, options]) > 1) return
-    if (this.#acks.size === 0) queueMicrotask(() => this.#flushOutbox())
-    else setImmediate(() => this.#flushOutbox())
+    const first = this.#outbox.isEmpty
+    this.#outbox.add(subject, reply, headers, payload)
+    if (!first) return
+    if (this.#acks.size === 0) queueMicrotask(this.#flushOutbox)
+    else setImmediate(this.#flushOutbox)
   }
 
   /** Core publish of what nobody waits for: leaves within 10 ms, together with others of its kind. */
@@ -246,10 +255,13 @@ export class Bus implements AsyncDisposable {
     for (const [subject, payload] of due) this.publish(subject, payload)
   }
 
-  #flushOutbox(): void {
-    if (!this.nc.isClosed())
-      for (const [subject, payload, options] of this.#outbox) this.nc.publish(subject, payload, options)
-    this.#outbox.length = 0
+  #flushOutbox = (): void => {
+    const { bytes, messages } = this.#outbox.take()
+    if (messages === 0 || this.nc.isClosed()) return
+    const { protocol } = this.nc as NatsConnectionImpl
+    protocol.outMsgs += messages
+    protocol.outBytes += bytes.byteLength
+    protocol.sendCommand(bytes)
   }
 
   /** Resolves when the server has taken everything published so far. */
@@ -260,40 +272,27 @@ export class Bus implements AsyncDisposable {
   }
 
   /** Acknowledgements are told apart by a counter on one inbox, their timeouts looked after together. */
-  async #publishAcked(subject: string, payload: string | Uint8Array, hdrs: MsgHdrs): Promise<number> {
-    const token = (++this.#ackCount).toString(36)
-    const { promise, resolve } = Promise.withResolvers<Msg | undefined>()
+  #publishAcked(subject: string, headers: string, payload: string): Promise<number> {
     if (this.#closed) throw new BusUnavailable('the bus is closed')
-    this.publish(subject, payload, { headers: hdrs, reply: `${this.#ackInbox}.${token}` })
-    this.#acks.set(token, { resolve, deadline: Date.now() + ackTimeoutMs })
-    const reply = await promise
-    // A bare 503 is the server’s word that no stream listens.
-    if (reply === undefined || reply.data.byteLength === 0)
-      throw new BusUnavailable(`no acknowledgement for ${subject}`)
-    const ack = reply.json<{
-      seq?: number
-      error?: { code: number; err_code: number; description: string }
-    }>()
-    if (ack.error !== undefined) {
-      if (noRoom.has(ack.error.err_code)) throw new StreamFull(ack.error.description)
-      if (ack.error.code === 503) throw new BusUnavailable(ack.error.description)
-      throw new JetStreamApiError(ack.error)
-    }
-    return ack.seq!
+    const token = (++this.#ackCount).toString(36)
+    this.#publish(subject, `${this.#ackInbox}.${token}`, headers, payload)
+    return new Promise((resolve, reject) => {
+      this.#acks.set(token, { subject, resolve, reject, deadline: Date.now() + ackTimeoutMs })
+    })
   }
 
   #loseAcks(): void {
-    for (const { resolve } of this.#acks.values()) resolve(undefined)
+    for (const ack of this.#acks.values()) settle(ack, undefined)
     this.#acks.clear()
   }
 
   #expireAcks(): void {
     const now = Date.now()
-    for (const [token, { resolve, deadline }] of this.#acks) {
+    for (const [token, ack] of this.#acks) {
       // Made in order of their deadlines.
-      if (deadline > now) break
+      if (ack.deadline > now) break
       this.#acks.delete(token)
-      resolve(undefined)
+      settle(ack, undefined)
     }
   }
 
@@ -302,14 +301,18 @@ export class Bus implements AsyncDisposable {
    * Throws `BusUnavailable` when the outcome is unknown and `StreamFull` when there is no room.
    */
   async publishEvent(subject: string, event: AnyEvent, expected: number): Promise<Published> {
-    const hdrs = headerBlock({
-      'Nats-Expected-Last-Subject-Sequence': String(expected),
-      'Nats-Expected-Last-Subject-Sequence-Subject': lifecycleSubjects(event.subject),
-      'Content-Type': contentType,
-      traceparent: event.traceparent,
-    })
+    const headers = headerBlock(
+      'Nats-Expected-Last-Subject-Sequence',
+      String(expected),
+      'Nats-Expected-Last-Subject-Sequence-Subject',
+      lifecycleSubjects(event.subject),
+      'Content-Type',
+      contentType,
+      'traceparent',
+      event.traceparent,
+    )
     try {
-      return { stored: true, seq: await this.#publishAcked(subject, JSON.stringify(event), hdrs) }
+      return { stored: true, seq: await this.#publishAcked(subject, headers, JSON.stringify(event)) }
     } catch (error) {
       if (error instanceof JetStreamApiError && wrongLastSequence.has(error.code)) return { stored: false }
       throw error
@@ -364,8 +367,8 @@ export class Bus implements AsyncDisposable {
 
   /** Publishes what needs no referee (log batches, late results); a repeated `messageId` is stored once. */
   async publishRecord(subject: string, event: AnyEvent, messageId: string): Promise<number> {
-    const hdrs = headerBlock({ 'Nats-Msg-Id': messageId, 'Content-Type': contentType })
-    return await this.#publishAcked(subject, JSON.stringify(event), hdrs)
+    const headers = headerBlock('Nats-Msg-Id', messageId, 'Content-Type', contentType)
+    return await this.#publishAcked(subject, headers, JSON.stringify(event))
   }
 
   /**
@@ -479,17 +482,21 @@ export function sourcedSequence(message: { headers?: MsgHdrs | undefined }): num
   return Number(message.headers?.get(sourceHeader).split(' ')[1] ?? Number.NaN)
 }
 
-/**
- * Headers in their wire form. The client’s own class checks and sorts what it is given each time, which costs more
- * than all else of a publish; to publish, it asks nothing of it but the bytes.
- */
-function headerBlock(fields: Record<string, string | undefined>): MsgHdrs {
-  let text = 'NATS/1.0\r\n'
-  for (const [name, value] of Object.entries(fields))
-    if (value !== undefined && printable.test(value)) text += `${name}: ${value}\r\n`
-  const bytes = Buffer.from(`${text}\r\n`, 'latin1')
-  return { encode: () => bytes } as unknown as MsgHdrs
+/** `message`: the server’s answer to a publish; undefined: none came. */
+function settle({ subject, resolve, reject }: Ack, message: Msg | undefined): void {
+  try {
+    // A bare 503 is the server’s word that no stream listens.
+    if (message === undefined || message.data.byteLength === 0)
+      throw new BusUnavailable(`no acknowledgement for ${subject}`)
+    const { seq, error } = message.json<{
+      seq: number
+      error?: { code: number; err_code: number; description: string }
+    }>()
+    if (error === undefined) resolve(seq)
+    else if (noRoom.has(error.err_code)) throw new StreamFull(error.description)
+    else if (error.code === 503) throw new BusUnavailable(error.description)
+    else throw new JetStreamApiError(error)
+  } catch (error) {
+    reject(error)
+  }
 }
-
-/** A line break would begin a header of its own. */
-const printable = /^[\x20-\x7e]*$/

@@ -118,7 +118,7 @@ export class MetricsGatherer {
         look()
       })().catch(() => {})
     })
-    this.#bus.publish(metricsSubject, '', { reply: inbox })
+    this.#bus.publish(metricsSubject, '', inbox)
     look()
     await over
     clearTimeout(patience)

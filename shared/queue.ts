@@ -178,7 +178,7 @@ class Pulls {
     this.#asked += count
     this.#askedAt = Date.now()
     const pull = { batch: count, expires: this.#expiresMs * 1_000_000 }
-    this.#bus.publish(this.#subject, JSON.stringify(pull), { reply: this.#inbox })
+    this.#bus.publish(this.#subject, JSON.stringify(pull), this.#inbox)
   }
 
   /** What was asked is void: a new inbox, on which nothing is asked yet. The old one is still heard for a while. */
