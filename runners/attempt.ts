@@ -27,7 +27,7 @@ import { preciseNow, type Tracing } from '../shared/tracing.ts'
 import type { BlobRef, Cause, LogLine, Receipt, WorkloadError, WorkloadSpec } from '../shared/workload.ts'
 import { Answer } from './answer.ts'
 import { type Assignment, type JobContext, toJob } from './job.ts'
-import { type LogLimits, openLogbook } from './logbook.ts'
+import { Logbook, type LogLimits } from './logbook.ts'
 import type { RunnerMetrics } from './metrics.ts'
 import type { Outcome, Source } from './runner.ts'
 import { Refusal } from './source.ts'
@@ -321,7 +321,7 @@ async function attempt(
 
     const { job, redact, exchange } = assigned
     const runOrigin = originOf(context, accepted, spans?.runTraceparent)
-    const book = openLogbook(context.logLimits, async (batch, lines, dropped) => {
+    const book = new Logbook(context.logLimits, async (batch, lines, dropped) => {
       const event = makeEvent('log', id, `${n}.${batch}`, { attempt: n, n: batch, lines, dropped }, runOrigin)
       await bus.publishRecord(logSubject(id), event, `${id}.${n}.log.${batch}`)
     })

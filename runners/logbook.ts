@@ -19,73 +19,72 @@ export interface LogLimits {
   bytes: number
 }
 
-export interface Logbook {
-  write(line: LogLine): void
-  /** Hands out what is left; the count is final. The last batch may still be on its way to the stream. */
-  close(): LogCount
-  /**
-   * True when all batches but the last have been stored, so that an end published now comes behind them.
-   */
-  readonly settled: boolean
-  /** Settles when every batch has been stored or given up. Never rejects. */
-  flushed(): Promise<void>
-}
-
 /**
- * `publish` is called for one batch at a time, in order; where it rejects, that batch is a gap that readers are
- * told of. It must put the batch on the wire before it returns its promise.
+ * Called for one batch at a time, in order; where it rejects, that batch is a gap that readers are told of. It must
+ * put the batch on the wire before it returns its promise.
  */
-export function openLogbook(
-  limits: LogLimits,
-  publish: (n: number, lines: LogLine[], dropped: number) => Promise<unknown>,
-): Logbook {
-  let pending: LogLine[] = []
-  let pendingBytes = 0
-  let last = 0
-  let lines = 0
-  let bytes = 0
-  let dropped = 0
-  let timer: NodeJS.Timeout | undefined
-  let inFlight = 0
-  let chain: Promise<unknown> = Promise.resolve()
+type Publish = (n: number, lines: LogLine[], dropped: number) => Promise<unknown>
 
-  const send = () => {
-    clearTimeout(timer)
-    timer = undefined
-    const n = ++last
-    const batch = pending
-    const lost = dropped
-    pending = []
-    pendingBytes = 0
-    const go = () => publish(n, batch, lost).catch(() => {})
-    chain = (inFlight++ === 0 ? go() : chain.then(go)).finally(() => inFlight--)
+/** One for each attempt: a class, as an object with a getter of its own would outlive its call by far in V8’s heap. */
+export class Logbook {
+  readonly #limits: LogLimits
+  readonly #publish: Publish
+  #pending: LogLine[] = []
+  #pendingBytes = 0
+  #last = 0
+  #lines = 0
+  #bytes = 0
+  #dropped = 0
+  #timer: NodeJS.Timeout | undefined
+  #inFlight = 0
+  #chain: Promise<unknown> | undefined
+
+  constructor(limits: LogLimits, publish: Publish) {
+    this.#limits = limits
+    this.#publish = publish
   }
 
-  return {
-    write(line) {
-      if (line.text.length > lineLength) line = { ...line, text: `${line.text.slice(0, lineLength)}…` }
-      const size = Buffer.byteLength(line.text) + 64
-      if (lines >= limits.lines || bytes + size > limits.bytes) {
-        dropped++
-        return
-      }
-      lines++
-      bytes += size
-      pendingBytes += size
-      pending.push(line)
-      if (pending.length >= batchLines || pendingBytes >= batchBytes) send()
-      else timer ??= setTimeout(send, lingerMs)
-    },
-    close() {
-      if (pending.length > 0 || dropped > 0) send()
-      clearTimeout(timer)
-      return { last, lines, dropped }
-    },
-    get settled() {
-      return inFlight <= 1
-    },
-    async flushed() {
-      await chain
-    },
+  write = (line: LogLine): void => {
+    if (line.text.length > lineLength) line = { ...line, text: `${line.text.slice(0, lineLength)}…` }
+    const size = Buffer.byteLength(line.text) + 64
+    if (this.#lines >= this.#limits.lines || this.#bytes + size > this.#limits.bytes) {
+      this.#dropped++
+      return
+    }
+    this.#lines++
+    this.#bytes += size
+    this.#pendingBytes += size
+    this.#pending.push(line)
+    if (this.#pending.length >= batchLines || this.#pendingBytes >= batchBytes) this.#send()
+    else this.#timer ??= setTimeout(() => this.#send(), lingerMs)
+  }
+
+  /** Hands out what is left; the count is final. The last batch may still be on its way to the stream. */
+  close(): LogCount {
+    if (this.#pending.length > 0 || this.#dropped > 0) this.#send()
+    return { last: this.#last, lines: this.#lines, dropped: this.#dropped }
+  }
+
+  /** True when all batches but the last have been stored, so that an end published now comes behind them. */
+  get settled(): boolean {
+    return this.#inFlight <= 1
+  }
+
+  /** Settles when every batch has been stored or given up. Never rejects. */
+  async flushed(): Promise<void> {
+    await this.#chain
+  }
+
+  #send(): void {
+    clearTimeout(this.#timer)
+    this.#timer = undefined
+    const n = ++this.#last
+    const batch = this.#pending
+    const dropped = this.#dropped
+    this.#pending = []
+    this.#pendingBytes = 0
+    const go = () => this.#publish(n, batch, dropped).catch(() => {})
+    const sent = this.#inFlight++ === 0 ? go() : this.#chain!.then(go)
+    this.#chain = sent.finally(() => this.#inFlight--)
   }
 }

@@ -1,7 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import { test } from 'uvu'
 import * as assert from 'uvu/assert'
-import { openLogbook } from '../../runners/logbook.ts'
+import { Logbook } from '../../runners/logbook.ts'
 import { line } from './support.ts'
 
 interface Batch {
@@ -18,7 +18,7 @@ function book(
   const batches: Batch[] = []
   let open = 0
   let most = 0
-  const logbook = openLogbook(limits, async (n, lines, dropped) => {
+  const logbook = new Logbook(limits, async (n, lines, dropped) => {
     most = Math.max(most, ++open)
     batches.push({ n, texts: lines.map(({ text }) => text), dropped })
     await store(n).finally(() => open--)
@@ -134,7 +134,7 @@ test('bytes over the limit are dropped', () => {
 
 test('no batch is larger than a message, whatever the lines hold', async () => {
   const sizes: number[] = []
-  const logbook = openLogbook({ lines: 100_000, bytes: 50_000_000 }, async (n, lines) => {
+  const logbook = new Logbook({ lines: 100_000, bytes: 50_000_000 }, async (n, lines) => {
     sizes.push(Buffer.byteLength(JSON.stringify({ n, lines })))
   })
   for (const text of ['\u0001', '\ud800', '€', '"', 'x', '😀'])
