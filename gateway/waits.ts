@@ -5,6 +5,7 @@
 import type { Bus } from '../shared/bus.ts'
 import { type EndEvent, isEnd, type LifecycleEvent } from '../shared/events.ts'
 import { storedEnds, workloadOf } from '../shared/subjects.ts'
+import { TransientMap } from '../shared/transient-map.ts'
 import type { WorkloadId } from '../shared/workload.ts'
 
 const lookAfterMs = 1_000
@@ -29,7 +30,7 @@ interface Waiting {
 }
 
 export class Waits {
-  readonly #waiting = new Map<WorkloadId, Set<Waiting>>()
+  readonly #waiting = new TransientMap<WorkloadId, Set<Waiting>>()
   readonly #bus: Bus
   readonly #timer: NodeJS.Timeout
   readonly #ends: { unsubscribe(): void }[]
@@ -69,8 +70,7 @@ export class Waits {
 
   /** Ends every wait for a workload. */
   settle(id: WorkloadId, event: EndEvent): void {
-    for (const waiting of this.#waiting.get(id) ?? []) waiting.resolve(event)
-    this.#waiting.delete(id)
+    for (const waiting of this.#waiting.delete(id) ?? []) waiting.resolve(event)
   }
 
   async #look(): Promise<void> {

@@ -24,6 +24,7 @@ import type { WorkMessage } from '../shared/queue.ts'
 import { controlSubject, eventSubject, lateSubject, logSubject } from '../shared/subjects.ts'
 import { traceFields } from '../shared/trace.ts'
 import { preciseNow, type Tracing } from '../shared/tracing.ts'
+import type { TransientMap } from '../shared/transient-map.ts'
 import type { BlobRef, Cause, LogLine, Receipt, WorkloadError, WorkloadSpec } from '../shared/workload.ts'
 import { Answer } from './answer.ts'
 import { type Assignment, type JobContext, toJob } from './job.ts'
@@ -43,23 +44,29 @@ const errorLength = 32 * 1024
 export type StopReason = 'killed' | 'timeout' | 'shutdown' | 'lease_lost'
 
 /** A workload this process holds, from receipt of its message on. */
-export interface Held {
+export class Held {
   message: WorkMessage
   /** Stops the attempt at hand; aborted with a `StopReason`, by its timeout or through `halt`. */
-  stop: AbortController
+  stop = new AbortController()
   /** The first word of `halt`, which holds beyond the attempt. */
-  halted: Exclude<StopReason, 'timeout'> | undefined
+  halted: Exclude<StopReason, 'timeout'> | undefined = undefined
   /** The attempt that runs here now; undefined before and after. */
-  attempt: number | undefined
+  attempt: number | undefined = undefined
   /** Tells it that whoever called is gone; set while it runs by HTTP. */
-  leave: (() => void) | undefined
+  leave: (() => void) | undefined = undefined
   /** When this process received it and took it up, ms since the epoch; after an attempt here, when that ended. */
   receivedAt: number
   takenAt: number
   /** Of the attempt at hand, where it is traced. */
-  spans: AttemptSpans | undefined
+  spans: AttemptSpans | undefined = undefined
   /** Traceparent of who asked for the kill, where that was told. */
-  killer: string | undefined
+  killer: string | undefined = undefined
+
+  constructor(message: WorkMessage, receivedAt: number, takenAt: number) {
+    this.message = message
+    this.receivedAt = receivedAt
+    this.takenAt = takenAt
+  }
 }
 
 /** Stops a workload for good: also where its attempt is being stopped already and another would follow. */
@@ -93,7 +100,7 @@ export interface AttemptContext extends JobContext {
   metrics: RunnerMetrics | undefined
   log: Logger
   /** What this process holds, by workload. */
-  held: Map<string, Held>
+  held: TransientMap<string, Held>
   vigil: Vigil
 }
 
@@ -122,17 +129,7 @@ export async function takeWork(
     message.working()
     return
   }
-  const mine: Held = {
-    message,
-    stop: new AbortController(),
-    halted: undefined,
-    attempt: undefined,
-    leave: undefined,
-    receivedAt: receivedAt ?? takenAt,
-    takenAt,
-    spans: undefined,
-    killer: undefined,
-  }
+  const mine = new Held(message, receivedAt ?? takenAt, takenAt)
   held.set(message.workload, mine)
   context.vigil.keep()
   try {

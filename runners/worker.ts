@@ -13,6 +13,7 @@ import type { Registry } from '../shared/registry.ts'
 import type { SecretBox, Secrets } from '../shared/secrets.ts'
 import { allControls, rollCallSubject, runnerSubject, workloadOf } from '../shared/subjects.ts'
 import { type Tracing, tracingOff } from '../shared/tracing.ts'
+import { TransientMap } from '../shared/transient-map.ts'
 import type { Isolation } from '../shared/workload.ts'
 import { ControlRequest, type Held, halt, parseJson, takeWork } from './attempt.ts'
 import { Bundles } from './bundles.ts'
@@ -59,7 +60,7 @@ export interface WorkerOptions {
 export async function runWorker(options: WorkerOptions, stop: AbortSignal): Promise<void> {
   const { bus, blobs, runner, runnerId, slots, ackWaitMs, logLimits, metrics, log } = options
   const tracing = options.tracing ?? tracingOff
-  const held = new Map<string, Held>()
+  const held = new TransientMap<string, Held>()
   const vigil = new Vigil(() => held.size === 1)
   const bundles = new Bundles(blobs)
   const context = {

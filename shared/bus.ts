@@ -26,6 +26,7 @@ import { type AnyEvent, LifecycleEvent } from './events.ts'
 import { headerBlock, Outbox } from './outbox.ts'
 import { eventSubject, lastToken, lifecycleSubjects } from './subjects.ts'
 import { BACKENDS, EVENTS } from './topology.ts'
+import { TransientMap } from './transient-map.ts'
 import type { WorkloadId } from './workload.ts'
 
 /** Set by the server on sourced messages: `<stream> <sequence> …`. */
@@ -131,7 +132,7 @@ export class Bus implements AsyncDisposable {
   readonly #outbox = new Outbox()
   #soon: [subject: string, payload: string][] = []
   #soonTimer: NodeJS.Timeout | undefined
-  readonly #acks = new Map<string, Ack>()
+  readonly #acks = new TransientMap<string, Ack>()
   readonly #ackInbox = `_INBOX.${nuid.next()}`
   #ackCount = 0
   readonly #ackTimer: NodeJS.Timeout
@@ -142,9 +143,7 @@ export class Bus implements AsyncDisposable {
     this.js = jetstream(nc)
     this.jsm = jsm
     this.listen(`${this.#ackInbox}.*`, (message) => {
-      const token = lastToken(message.subject)
-      const ack = this.#acks.get(token)
-      this.#acks.delete(token)
+      const ack = this.#acks.delete(lastToken(message.subject))
       if (ack !== undefined) settle(ack, message)
     })
     this.#ackTimer = setInterval(() => this.#expireAcks(), 500)

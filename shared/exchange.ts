@@ -14,6 +14,7 @@ import type { Msg, Subscription } from '@nats-io/transport-node'
 import { z } from 'zod'
 import type { Bus } from './bus.ts'
 import { allReplies, lastToken, replySubject, requestSubject } from './subjects.ts'
+import { TransientMap } from './transient-map.ts'
 import { HeaderList, type WorkloadId } from './workload.ts'
 
 /** Bytes sent ahead of what was consumed. */
@@ -344,7 +345,7 @@ function parseHead(payload: Uint8Array): StreamHead | undefined {
 /** All calls whose callers wait at one gateway. */
 export class GatewayExchanges {
   readonly #bus: Bus
-  readonly #open = new Map<WorkloadId, GatewayExchange>()
+  readonly #open = new TransientMap<WorkloadId, GatewayExchange>()
   readonly #subscription: Subscription
 
   constructor(bus: Bus, gatewayId: string) {
@@ -360,7 +361,7 @@ export class GatewayExchanges {
 
   /** To be called before the call is published. */
   open(id: WorkloadId): GatewayExchange {
-    const exchange = new GatewayExchange(this.#bus, id, () => this.#open.delete(id))
+    const exchange = new GatewayExchange(this.#bus, id, () => void this.#open.delete(id))
     this.#open.set(id, exchange)
     return exchange
   }
