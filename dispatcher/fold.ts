@@ -1,7 +1,7 @@
 /** The event stream as rows: one per workload, moved by the lifecycle’s fold and by nothing else. */
 import type { InStatement, InValue } from '@libsql/client'
 import { getTableColumns, sql } from 'drizzle-orm'
-import { eventSchemas, type LifecycleEvent } from '../shared/events.ts'
+import { type EventKind, eventSchemas, type LifecycleEvent, readEvent } from '../shared/events.ts'
 import type { StoredMessage } from '../shared/follow.ts'
 import { bodyBlob, fold, hasEnded, type WorkloadRecord } from '../shared/lifecycle.ts'
 import type { Logger } from '../shared/process.ts'
@@ -121,15 +121,13 @@ export function parseEvent(message: StoredMessage): Parsed {
   const [, family, workload, kind] = message.subject.split('.')
   const raw = parseJson(message.data)
   if (family === 'late') {
-    const parsed = eventSchemas.late.safeParse(raw)
-    return parsed.success && parsed.data.subject === workload ? { late: parsed.data.data.status } : undefined
+    const event = readEvent('late', raw)
+    return event !== undefined && event.subject === workload ? { late: event.data.status } : undefined
   }
   if (kind === undefined || kind === 'late' || kind === 'log' || !Object.hasOwn(eventSchemas, kind))
     return undefined
-  const parsed = eventSchemas[kind as keyof typeof eventSchemas].safeParse(raw)
-  return parsed.success && parsed.data.subject === workload
-    ? { event: parsed.data as LifecycleEvent }
-    : undefined
+  const event = readEvent(kind as Exclude<EventKind, 'late'>, raw)
+  return event !== undefined && event.subject === workload ? { event } : undefined
 }
 
 /** What an event that moved its workload says to whoever counts and traces; nothing of its size is kept for that. */

@@ -4,7 +4,7 @@
  */
 import type { InStatement, InValue } from '@libsql/client'
 import { and, lt, max, sql, sum } from 'drizzle-orm'
-import { eventSchemas, type LogEvent } from '../shared/events.ts'
+import { type LogEvent, readEvent } from '../shared/events.ts'
 import type { StoredMessage } from '../shared/follow.ts'
 import type { Logger } from '../shared/process.ts'
 import { workloadOf } from '../shared/subjects.ts'
@@ -112,9 +112,9 @@ export function logProjection(
       const valid: { event: LogEvent; message: StoredMessage }[] = []
       const invalid: number[] = []
       for (const message of messages) {
-        const parsed = eventSchemas.log.safeParse(parseJson(message.data))
-        if (parsed.success && parsed.data.subject === workloadOf(message.subject))
-          valid.push({ event: parsed.data, message })
+        const event = readEvent('log', parseJson(message.data))
+        if (event !== undefined && event.subject === workloadOf(message.subject))
+          valid.push({ event, message })
         else {
           sayInvalid(message)
           invalid.push(message.seq)

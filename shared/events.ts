@@ -3,6 +3,7 @@
  * `vulcan.workload.<kind>` on `vulcan.events.<workload>.<kind>…`; consumers must ignore fields they do not know.
  */
 import { z } from 'zod'
+import { fits } from './fits.ts'
 import {
   BlobRef,
   Cause,
@@ -207,6 +208,20 @@ export const eventSchemas = {
   late: cloudEvent('late', Late),
   log: cloudEvent('log', LogBatch),
 } as const
+
+export type EventOf<K extends keyof typeof eventSchemas> = z.infer<(typeof eventSchemas)[K]>
+
+const fitting = Object.fromEntries(
+  Object.entries(eventSchemas).map(([kind, schema]) => [kind, fits(schema)]),
+) as Record<keyof typeof eventSchemas, (value: unknown) => boolean>
+
+/** The event of this kind that parsed JSON is; undefined where it is none. Takes the JSON over: it may be the event itself. */
+export function readEvent<K extends keyof typeof eventSchemas>(
+  kind: K,
+  json: unknown,
+): EventOf<K> | undefined {
+  return fitting[kind](json) ? (json as EventOf<K>) : (eventSchemas[kind].safeParse(json).data as EventOf<K>)
+}
 
 export type EventKind = 'accepted' | 'started' | 'retrying' | 'completed' | 'failed' | 'killed' | 'late'
 export type EndKind = 'completed' | 'failed' | 'killed'

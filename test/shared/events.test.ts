@@ -9,6 +9,7 @@ import {
   isEnd,
   LifecycleEvent,
   makeEvent,
+  readEvent,
 } from '../../shared/events.ts'
 import { newWorkloadId } from '../../shared/ids.ts'
 import { WorkloadSpec } from '../../shared/workload.ts'
@@ -91,6 +92,14 @@ const examples: Record<string, AnyEvent[]> = {
     acceptedEvent({ input: { x: 21 }, labels: { team: 'a' } }, id),
     acceptedEvent({ isolation: ['isolate', 'microvm'], network: { egress: ['api.example.com:443'] } }, id),
     acceptedEvent({}, id, { payload: { blob: digest, size: 900_000 }, rerun_of: newWorkloadId() }),
+    acceptedEvent({ secrets: ['KEY'] }, id, {
+      function: { name: 'double', version: `v${'0'.repeat(16)}`, ref: 'latest' },
+      bundle: { blob: digest, size: 12, map: null },
+      http: {
+        ...{ method: 'POST', url: 'http://a/fn/double', headers: [['host', 'a']], sealed: null },
+        ...{ body: { text: '{}' }, gateway: 'gateway-1' },
+      },
+    }),
   ],
   started: [makeEvent('started', id, 1, { attempt: 1, runner: 'isolate-1' }, origin)],
   retrying: [
@@ -106,6 +115,13 @@ const examples: Record<string, AnyEvent[]> = {
     makeEvent('completed', id, 1, end, origin),
     makeEvent('completed', id, 1, { ...end, output: null, output_blob: { blob: digest, size: 3 } }, origin),
     makeEvent('completed', id, 1, inMachine, origin),
+    makeEvent(
+      'completed',
+      id,
+      1,
+      { ...end, response: { status: 200, headers: [], sealed: null, body: { base64: 'AAAA' } } },
+      origin,
+    ),
   ],
   failed: [makeEvent('failed', id, 1, { ...end, cause: 'timeout', error, output: null }, origin)],
   killed: [makeEvent('killed', id, '0.kill', neverRan, { source: '/vulcan/gateways/g' })],
@@ -113,6 +129,38 @@ const examples: Record<string, AnyEvent[]> = {
     makeEvent('late', id, 1, { attempt: 1, runner: 'isolate-1', status: 'completed', cause: null }, origin),
   ],
   log: [makeEvent('log', id, '1.1', { attempt: 1, n: 1, lines: [line], dropped: 0 }, origin)],
+}
+
+/** The same JSON, wrong or unusual in one place. */
+function* spoilt(json: unknown): Generator<unknown> {
+  const others = [
+    null,
+    true,
+    '',
+    'x',
+    `${now}Z`,
+    digest,
+    -1,
+    0,
+    0.5,
+    1e300,
+    [],
+    ['x'],
+    [null],
+    {},
+    { text: 1 },
+  ]
+  const mend = '{"__proto__":{"a":1},"more":1}'
+  yield* others
+  if (typeof json !== 'object' || json === null) return
+  yield Array.isArray(json) ? [...json, ...json] : { ...json, ...JSON.parse(mend) }
+  for (const [name, value] of Object.entries(json)) {
+    const put = (one: unknown) =>
+      Object.assign(Array.isArray(json) ? [...json] : { ...json }, { [name]: one })
+    for (const one of spoilt(value)) yield put(one)
+    if (!Array.isArray(json))
+      yield Object.fromEntries(Object.entries(json).filter(([other]) => other !== name))
+  }
 }
 
 const schemas = eventJsonSchemas()
@@ -132,6 +180,21 @@ for (const kind of Object.keys(eventSchemas)) {
     const validate = validator(kind)
     for (const event of examples[kind]!)
       assert.ok(validate(overTheWire(event)), JSON.stringify(validate.errors))
+  })
+
+  test(`reading a ${kind} event gives what its schema gives, whatever is wrong with it`, () => {
+    const name = kind as keyof typeof eventSchemas
+    for (const event of examples[kind]!)
+      for (const json of [overTheWire(event), ofOld(event), ...spoilt(overTheWire(event))])
+        assert.equal(readEvent(name, structuredClone(json)), eventSchemas[name].safeParse(json).data)
+  })
+
+  test(`a ${kind} event as it is published is taken without a copy`, () => {
+    for (const event of examples[kind]!) {
+      const json = overTheWire(event)
+      if (!('base64' in (json.data.response?.body ?? {})))
+        assert.ok(readEvent(kind as keyof typeof eventSchemas, json) === json)
+    }
   })
 
   test(`the schema of ${kind} refuses every other kind, and each missing field`, () => {
