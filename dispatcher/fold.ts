@@ -69,6 +69,14 @@ function toRow({ record, spec }: Known): Row {
   }
 }
 
+/**
+ * Not a generator inside of `plan`: each of those brings a hidden class of its own, which lies with the old objects,
+ * and would keep all that a batch was made of until those are collected.
+ */
+function* rowsOf(changed: ReadonlyMap<string, Changed>): Generator<Row> {
+  for (const one of changed.values()) yield 'row' in one ? one.row : toRow(one)
+}
+
 /** Of a deployed function it is kept with the version. */
 function sourceBlob({ function: of, spec: { archive, image } }: WorkloadRecord): Digest | null {
   if (of !== null) return null
@@ -250,11 +258,8 @@ export function eventProjection(
         } else if ('late' in parsed) count(`late.${parsed.late}`, message.seq)
         else foldable(() => move(parsed.event, message.seq))
       }
-      const rows = function* () {
-        for (const one of changed.values()) yield 'row' in one ? one.row : toRow(one)
-      }
       return {
-        statements: foldable(() => [...upsert(rows()), ...labels(begun)]),
+        statements: foldable(() => [...upsert(rowsOf(changed)), ...labels(begun)]),
         touched: changed.keys(),
         counted,
         committed() {
