@@ -15,6 +15,8 @@ const remoteTimeoutMs = 15_000
 const busyMs = 100
 
 const synchronous = 'PRAGMA synchronous = NORMAL'
+/** Bytes of a page of a new file: rows are some 2 KiB, and with more of them to a page less is written for each. */
+const pageSize = 'PRAGMA page_size = 16384'
 const migrationsFolder = join(import.meta.dirname, 'migrations')
 
 export interface DatabaseOptions {
@@ -50,6 +52,7 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
   let closed = false
   try {
     if (path !== undefined) {
+      await client.execute(pageSize)
       await client.execute('PRAGMA journal_mode = WAL')
       // Without an fsync per commit a power loss may take the last commits, never the order of them: the
       // checkpoint goes back together with the rows, and what is missing is folded again from the stream.
