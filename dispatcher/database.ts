@@ -2,10 +2,12 @@
 import { mkdir, rename, rm, stat } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { type Client, createClient, LibsqlError } from '@libsql/client'
+import { type Client, createClient, type InStatement, LibsqlError } from '@libsql/client'
 import { drizzle, type LibSQLDatabase } from 'drizzle-orm/libsql'
 import { migrate } from 'drizzle-orm/libsql/migrator'
+import Libsql from 'libsql'
 import * as schema from './schema.ts'
+import { type Returned, Writer } from './writer.ts'
 
 /** Milliseconds between two looks at whether the file is still the one that was opened. */
 const watchMs = 500
@@ -30,6 +32,8 @@ export interface DatabaseOptions {
 export interface Database {
   client: Client
   orm: LibSQLDatabase<typeof schema>
+  /** One transaction, and what each statement returned. For what is written often, by few different texts. */
+  write(statements: InStatement[]): Promise<Returned[]>
   /** Aborted when the file was deleted or replaced, or the tables are gone. */
   lost: AbortSignal
   /** To be told of every error before the next try: some mean that the database is lost. */
@@ -48,6 +52,7 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
     // A local connection is synchronous, so one is enough, and it keeps its pragmas.
     ...(path === undefined ? { fetch: fetchInTime } : { concurrency: 1, timeout: busyMs }),
   })
+  const writer = path === undefined ? undefined : new Writer(path, busyMs, [synchronous])
   const lost = new AbortController()
   let closed = false
   try {
@@ -72,6 +77,11 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
       client,
       orm,
       lost: lost.signal,
+      async write(statements) {
+        if (writer !== undefined) return writer.write(statements)
+        const results = await client.batch(statements, 'write')
+        return results.map(({ rows }) => rows.map((row) => Array.from(row)))
+      },
       async failed(error) {
         if (/no such table/.test(messages(error))) lost.abort(new Error('the tables are gone'))
         if (path === undefined || codeOf(error) === undefined || lost.signal.aborted || closed) return
@@ -88,6 +98,7 @@ export async function openDatabase({ url, authToken }: DatabaseOptions): Promise
       close() {
         closed = true
         clearInterval(watch)
+        writer?.close()
         client.close()
       },
     }
@@ -124,7 +135,9 @@ const messages = (error: unknown): string =>
   [...causes(error)].map((one) => (one as Error).message).join(': ')
 /** Code of the libSQL error in there; undefined where there is none. */
 const codeOf = (error: unknown): string | undefined =>
-  [...causes(error)].find((one): one is LibsqlError => one instanceof LibsqlError)?.code
+  [...causes(error)].find(
+    (one): one is LibsqlError => one instanceof LibsqlError || one instanceof Libsql.SqliteError,
+  )?.code
 
 const isDamaged = (error: unknown): boolean => /^SQLITE_(CORRUPT|NOTADB)/.test(codeOf(error) ?? '')
 

@@ -185,18 +185,15 @@ async function write(
   const { stream, counter } = projection
   const last = messages.at(-1)!
   const [first] = await metrics.database(`fold ${counter}`, () =>
-    database.client.batch(
-      [
-        { sql: readTold, args: [stream, created] },
-        ...statements,
-        ...[...counted].map(([name, seqs]) => count(`${counter}.${name}`, seqs)),
-        ...(toldBefore === undefined ? [] : [{ sql: setTold, args: [stream, toldBefore] }]),
-        { sql: setCheckpoint, args: [stream, last.seq, last.at, created] },
-      ],
-      'write',
-    ),
+    database.write([
+      { sql: readTold, args: [stream, created] },
+      ...statements,
+      ...[...counted].map(([name, seqs]) => count(`${counter}.${name}`, seqs)),
+      ...(toldBefore === undefined ? [] : [{ sql: setTold, args: [stream, toldBefore] }]),
+      { sql: setCheckpoint, args: [stream, last.seq, last.at, created] },
+    ]),
   )
-  return Math.max(Number(first!.rows[0]!.told), toldBefore ?? 0)
+  return Math.max(Number(first![0]![0]), toldBefore ?? 0)
 }
 
 /** Counts and traces what is new in a committed batch. */

@@ -136,7 +136,10 @@ test("an isolation imports the runner interface, egress, its own folder and shar
 })
 
 test('only the dispatcher imports drizzle and libSQL', () => {
-  forbid('database', ({ from, to }) => top(from) !== 'dispatcher' && /^(drizzle-orm|@libsql)(\/|$)/.test(to))
+  forbid(
+    'database',
+    ({ from, to }) => top(from) !== 'dispatcher' && /^(drizzle-orm|@libsql|libsql)(\/|$)/.test(to),
+  )
 })
 
 test("only shared's bus and blob files import the NATS client", () => {
