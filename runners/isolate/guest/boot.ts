@@ -87,13 +87,16 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
     ctx: { env: Record<string, string> }
     input: string | undefined
     maxOutput: number
-    http: { head: RequestHead; body: null | string | Uint8Array | Puller } | undefined
+    /** `head` parses it when it is first wanted. */
+    http: { head: () => RequestHead; body: null | string | Uint8Array | Puller } | undefined
     /** Why it is being stopped, once it is. */
     stopped: string | undefined
     /** Of `ctx.signal`, which is made when it is asked for. */
     aborter: ReturnType<WebGuest['makeAbort']> | undefined
-    /** Of `request.signal`. */
+    /** Of `request.signal`, which is made when it is asked for. */
     gone: ReturnType<WebGuest['makeAbort']> | undefined
+    /** Its caller has gone away. */
+    isGone: boolean
     /** Promises given to `ctx.waitUntil` that have not settled. */
     pending: number
     onIdle: (() => void) | undefined
@@ -254,8 +257,10 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
   /** The input of a JSON handler that is called by HTTP; undefined and no call any more where it is none. */
   const inputOf = async (call: Call): Promise<string | undefined> => {
     const { head, body } = call.http!
-    const isRead = head.method === 'GET' || head.method === 'HEAD'
-    if (body === null || body === '') return isRead ? host.query(head.url) : undefined
+    if (body === null || body === '') {
+      const { method, url } = head()
+      return method === 'GET' || method === 'HEAD' ? host.query(url) : undefined
+    }
     if (typeof body === 'string') return body
     const bytes = typeof body === 'function' ? (await collect(body, 2 ** 31))! : body
     return bytes.length === 0 ? undefined : bridge.decode(bytes)
@@ -289,7 +294,11 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
       url: 'http://localhost/',
       headers: [['content-type', 'application/json']],
     }
-    const request = web.makeRequest(head, call.input ?? null, signalOf(call))
+    const request = web.makeRequest(
+      () => head,
+      call.input ?? null,
+      () => signalOf(call),
+    )
     call.input = undefined
     const response = web.readResponse(await apply(fetch, handler, [request, call.ctx.env, call.ctx]))
     const { body } = response
@@ -325,7 +334,7 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
       } else if (call.http === undefined) await fetchJson(call, fetch)
       else {
         const { head, body } = call.http
-        const request = web.makeRequest(head, body, signalOf(call))
+        const request = web.makeRequest(head, body, () => signalOf(call))
         await answer(call, await apply(fetch, handler, [request, call.ctx.env, call.ctx]))
       }
     } catch (error) {
@@ -342,7 +351,8 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
   /** The signal of the request, which its caller’s going away aborts, and the end of the call. */
   const signalOf = (call: Call): object => {
     call.gone = web.makeAbort()
-    if (call.stopped !== undefined) call.gone.abort(stopReason(call.stopped))
+    if (call.isGone) call.gone.abort()
+    else if (call.stopped !== undefined) call.gone.abort(stopReason(call.stopped))
     return call.gone.signal
   }
 
@@ -397,6 +407,7 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
       stopped: undefined,
       aborter: undefined,
       gone: undefined,
+      isGone: false,
       pending: 0,
       onIdle: undefined,
       onBody: undefined,
@@ -457,7 +468,8 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
       case 'http': {
         const made = newCall(a as string, b as number)
         const body = d === true ? pullerOf(made) : ((d as string | Uint8Array | undefined) ?? null)
-        made.http = { head: parse(c as string), body }
+        let head: RequestHead | undefined
+        made.http = { head: () => (head ??= parse(c as string)), body }
         current = made
         if (isLoaded) void start(made)
         break
@@ -472,7 +484,9 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
         call.gone?.abort(stopReason(call.stopped))
         break
       case 'gone':
-        call?.gone?.abort()
+        if (call === undefined) break
+        call.isGone = true
+        call.gone?.abort()
         break
       case 'body':
         call?.onBody?.(a as Uint8Array | undefined, b as string | undefined)

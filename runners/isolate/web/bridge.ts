@@ -120,8 +120,15 @@ export interface BodyReader {
 export interface WebGuest {
   /** How the host enters. Throws nothing of the user’s. */
   receive(kind: AnswerKind, id: number, ...args: unknown[]): void
-  /** The `request` of an HTTP handler. `signal` as made by `makeAbort`. A body that is there whole is given as bytes. */
-  makeRequest(head: RequestHead, body: null | string | Uint8Array | Puller, signal: object): object
+  /**
+   * The `request` of an HTTP handler. `head` is called when something of it is asked for and gives the same each time,
+   * `signal` at most once and gives what `makeAbort` made. A body that is there whole is given as bytes.
+   */
+  makeRequest(
+    head: () => RequestHead,
+    body: null | string | Uint8Array | Puller,
+    signal: () => object,
+  ): object
   /**
    * What to send for the value that a handler returned. Throws a TypeError where that is no Response, or its body
    * is already used. Nothing is awaited; what `read` gives comes from the response’s stream.

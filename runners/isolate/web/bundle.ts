@@ -121,8 +121,43 @@ const combined = (list, name, value) => list.contains(name, false) ? list.get(na
       replace: 'finalBody = inputBody.take()',
       times: 1,
     },
+    // What the host gave becomes headers and a signal only when these are asked for: see `GivenRequest`.
+    { find: /this\.#signal\b(?=\n|\)\n)/g, replace: 'signalOf(this)', times: 2 },
+    { find: /(?<=signal = )input\.#signal/g, replace: 'signalOf(input)', times: 1 },
+    { find: /(?<=return |getHeadersGuard\()this\.#headers\b/g, replace: 'headersOf(this)', times: 2 },
+    { find: /^let patchMethodWarning/gm, replace: 'let signalOf, headersOf\n$&', times: 1 },
+    {
+      find: /static \{/g,
+      replace: `$&
+    signalOf = (request) => request.#signal ??= request.#state.makeSignal()
+    headersOf = (request) => {
+      if (request.#headers === undefined) {
+        request.#headers = new Headers(kConstruct)
+        setHeadersList(request.#headers, request.#state.headersList)
+        setHeadersGuard(request.#headers, 'immutable')
+      }
+      return request.#headers
+    }`,
+      times: 1,
+    },
+    {
+      find: /setRequestState\(request, innerRequest\)/g,
+      replace: '$&\n  if (signal === undefined) return request',
+      times: 1,
+    },
+    {
+      find: /makeRequest\(\{ \.\.\.request, body: null \}\)/g,
+      replace: 'makeRequest(request)\n  newRequest.body = null',
+      times: 1,
+    },
   ],
   'undici/lib/web/fetch/response.js': [
+    // Without `init` there is nothing to convert.
+    {
+      find: /webidl\.converters\.ResponseInit\(init\)/g,
+      replace: `init === undefined ? { status: 200, statusText: '' } : $&`,
+      times: 2,
+    },
     // Text stays text.
     { find: /textEncoder\.encode\(\s*serialize/g, replace: '(serialize', times: 1 },
     {

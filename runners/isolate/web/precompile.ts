@@ -16,7 +16,8 @@ setFlagsFromString(isolateFlags)
 const usual = `(async () => {
   const { signal } = guest.makeAbort()
   const head = { method: 'POST', url: 'https://example.com/a?b=c', headers: [['content-type', 'application/json']] }
-  const request = guest.makeRequest(head, '{"a":1}', signal)
+  const request = guest.makeRequest(() => head, '{"a":1}', () => signal)
+  request.signal.aborted
   const url = new URL(request.url)
   url.searchParams.get('b')
   url.searchParams.set('d', 'e')

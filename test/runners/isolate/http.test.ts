@@ -198,6 +198,17 @@ test('request.signal aborts when the caller is gone, and the call goes on', asyn
   )
 })
 
+test('request.signal that is first looked at when the caller is gone is aborted', async () => {
+  await using runner = await createIsolateRunner({ min: 1 })
+  const gone = new AbortController()
+  const code = handler(`
+    await new Promise((resolve) => setTimeout(resolve, 300))
+    return new Response(String([request.signal.aborted, request.signal.reason.name, ctx.signal.aborted]))`)
+  setTimeout(() => gone.abort(), 150)
+  const { text } = await call(runner, code, { request: { gone: gone.signal } })
+  assert.is(text, 'true,AbortError,false')
+})
+
 test('a response that nobody takes any more is cancelled, and the call ends well', async () => {
   await using runner = await createIsolateRunner({ min: 1 })
   const code = handler(`

@@ -253,11 +253,11 @@ test('a handler’s request and response cross without a stream where they are w
     const found = await realm.guest(`async (guest) => {
       const { signal, abort } = guest.makeAbort()
       const head = { method: 'POST', url: 'https://a.example/p?q=1', headers: [['content-type', 'application/json'], ['x-a', 'b']] }
-      const request = guest.makeRequest(head, '{"n":2}', signal)
+      const request = guest.makeRequest(() => head, '{"n":2}', () => signal)
       const { n } = await request.json()
       const answer = guest.readResponse(Response.json({ n, url: request.url, a: request.headers.get('x-a') }, { headers: [['set-cookie', 'a=1'], ['set-cookie', 'b=2']] }))
       let piece = 0
-      const pulled = guest.makeRequest({ ...head, headers: [] }, async () => (piece++ < 2 ? new Uint8Array([65 + piece]) : null), signal)
+      const pulled = guest.makeRequest(() => ({ ...head, headers: [] }), async () => (piece++ < 2 ? new Uint8Array([65 + piece]) : null), () => signal)
       const stream = guest.readResponse(new Response(pulled.body))
       const text = []
       for (let chunk; (chunk = await stream.body.read()) !== null; ) text.push(...chunk)
@@ -287,17 +287,54 @@ test('a handler’s request and response cross without a stream where they are w
     ])
   }))
 
+test('copies of a handler’s request have what it was given, and follow its signal', () =>
+  inRealm(async (realm) => {
+    const found = await realm.guest(`async (guest) => {
+      const { signal, abort } = guest.makeAbort()
+      const head = { method: 'PUT', url: 'http://127.0.0.1:8080/p', headers: [['content-type', 'text/plain'], ['x-a', 'b'], ['x-a', 'c']] }
+      const request = guest.makeRequest(() => head, 'text', () => signal)
+      const clone = request.clone()
+      const made = new Request(request, { headers: { 'x-d': 'e' } })
+      const told = []
+      for (const one of [clone, made]) one.signal.addEventListener('abort', () => told.push(one.method))
+      let refused
+      try { clone.headers.set('x-a', 'd') } catch (error) { refused = error.name }
+      abort()
+      return [
+        ...[request, clone, made].map((one) => [one.method, one.url, one.mode, [...one.headers].join()]), refused,
+        request.bodyUsed, await clone.text(), await made.text(), told, request.signal === request.signal,
+      ]
+    }`)
+    const [url, headers] = ['http://127.0.0.1:8080/p', 'content-type,text/plain,x-a,b, c']
+    assert.equal(found, [
+      ['PUT', url, 'cors', headers],
+      ['PUT', url, 'cors', headers],
+      ['PUT', url, 'cors', 'x-d,e'],
+      'TypeError',
+      true,
+      'text',
+      'text',
+      ['PUT', 'PUT'],
+      true,
+    ])
+  }))
+
 test('the URL of a request is as the URL parser has it', () =>
   inRealm(async (realm) => {
     const urls = [
       'https://A.example/',
       'https://a.example/b/../c',
       'http://1.2.3/',
+      'http://127.0.0.1:8080/a?b=1',
+      'http://127.0.0.01/',
+      'http://0x7f.1/',
+      'http://a.0x7f.b/',
+      'http://faß.example/',
       'http://a.example:80/',
       'https://a.example/ä?b#c',
     ]
     const found = await realm.guest(
-      `async (guest, urls) => urls.map((url) => guest.makeRequest({ method: 'GET', url, headers: [] }, null, guest.makeAbort().signal).url)`,
+      `async (guest, urls) => urls.map((url) => guest.makeRequest(() => ({ method: 'GET', url, headers: [] }), null, () => guest.makeAbort().signal).url)`,
       urls,
     )
     assert.equal(

@@ -25,36 +25,74 @@ import { type Body, bytesBody, pulledBody, textBody } from '../shims/undici-body
 
 type Bytes = Uint8Array<ArrayBuffer>
 
-/** What a URL is to undici’s classes as long as nobody asks for more than its text. */
-class PlainUrl {
+/** URLs that already are as the URL parser would write them; of all others it is not said. */
+const octet = '(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)'
+const label = '[a-z0-9](?:[a-z0-9-]*[a-z0-9])?'
+const name = `(?![^/]*xn--)(?:${label}\\.)*[a-z](?:[a-z0-9-]*[a-z0-9])?`
+const path = '(?!\\.|[^?]*/\\.|[^?]*%2[eE])[\\w!$&()*+,./:;=@~%-]*'
+const plainUrl = new RegExp(
+  `^https?://(?:${name}|(?:${octet}\\.){3}${octet})(?::[1-9]\\d{3,4})?/${path}(?:\\?[\\w!$&()*+,./:;=@~%?-]*)?$`,
+)
+
+/** A URL as far as undici’s classes ask for it; parsed when they do, and only where that changes it. */
+class GivenUrl {
   readonly href: string
-  readonly hash = ''
-  constructor(href: string) {
-    this.href = href
+  constructor(text: string) {
+    this.href = plainUrl.test(text) ? text : new URL(text).href
+  }
+  get hash() {
+    const at = this.href.indexOf('#')
+    return at < 0 || at === this.href.length - 1 ? '' : this.href.slice(at)
   }
   toString() {
     return this.href
   }
 }
-/** Already as the URL parser would write it. */
-const plainUrl =
-  /^https?:\/\/[a-z0-9][a-z0-9.-]*[a-z0-9](?::[1-9]\d{3,4})?\/(?!\.|.*\/\.|.*%2e)[\w!$&()*+,./:;=@~%-]*(?:\?[\w!$&()*+,./:;=@~%?-]*)?$/i
 
-export function makeRequest(head: RequestHead, body: null | string | Bytes | Puller, signal: object) {
-  const headersList = new HeadersList()
-  for (const [name, value] of head.headers) headersList.append(name, value, true)
-  const { url } = head
-  const request = innerRequest({
-    method: head.method,
-    urlList: [
-      plainUrl.test(url) && !/^https?:\/\/[^/]*[A-Z]/.test(url) && !/^https?:\/\/[\d.]+[:/]/.test(url)
-        ? new PlainUrl(url)
-        : new URL(url),
-    ],
-    mode: 'cors',
-  })
-  request.headersList = headersList
-  request.body =
+/** The state of a request from the host: of what was given, only what somebody looks at is made anything of. */
+class GivenRequest {
+  body: Body | null
+  readonly #head: () => RequestHead
+  readonly #signal: () => object
+  #headersList: unknown
+  #urlList: GivenUrl[] | undefined
+  constructor(head: () => RequestHead, body: Body | null, signal: () => object) {
+    this.#head = head
+    this.body = body
+    this.#signal = signal
+  }
+  get method() {
+    return this.#head().method
+  }
+  get headersList() {
+    if (this.#headersList === undefined) {
+      const list = new HeadersList()
+      for (const [name, value] of this.#head().headers) list.append(name, value, true)
+      this.#headersList = list
+    }
+    return this.#headersList
+  }
+  get urlList() {
+    this.#urlList ??= [new GivenUrl(this.#head().url)]
+    return this.#urlList
+  }
+  get url() {
+    return this.urlList[0]
+  }
+  /** Asked for once. */
+  makeSignal() {
+    return this.#signal()
+  }
+}
+// All else is as in any request.
+Object.setPrototypeOf(GivenRequest.prototype, innerRequest({ urlList: [], mode: 'cors' }))
+
+export function makeRequest(
+  head: () => RequestHead,
+  body: null | string | Bytes | Puller,
+  signal: () => object,
+) {
+  const held =
     body === null
       ? null
       : typeof body === 'string'
@@ -62,31 +100,29 @@ export function makeRequest(head: RequestHead, body: null | string | Bytes | Pul
         : typeof body === 'function'
           ? pulledBody(body, () => {})
           : bytesBody(body)
-  return fromInnerRequest(request, undefined, signal, 'immutable')
+  return fromInnerRequest(new GivenRequest(head, held, signal))
 }
 
 export function readResponse(response: unknown): ReadResponse {
   if (!webidl.is.Response(response)) throw new TypeError('The handler did not return a Response')
   const state = getResponseState(response)
-  if (state.status === 0) throw new TypeError('The handler returned a network error (Response.error())')
-  const headers: HeaderPairs = []
-  for (const { 0: name, 1: value } of state.headersList.rawValues === undefined
-    ? []
-    : entriesOf(state.headersList))
-    headers[headers.length] = [name, value]
+  const { status } = state
+  if (status === 0) throw new TypeError('The handler returned a network error (Response.error())')
+  const headers = pairsOf(state.headersList)
   const body = state.body as Body | null | undefined
-  if (body == null) return { status: state.status, headers, body: null }
+  if (body == null) return { status, headers, body: null }
   if (body.unusable) throw new TypeError('The body of the Response is already used')
-  return { status: state.status, headers, body: body.whole() ?? (body.reader() as BodyReader) }
+  return { status, headers, body: body.whole() ?? (body.reader() as BodyReader) }
 }
 
-function* entriesOf(list: any): Iterable<[string, string]> {
-  const { cookies } = list
-  for (const { name, value } of list.rawValues()) {
-    const lower = name.toLowerCase()
-    if (lower !== 'set-cookie') yield [lower, value]
-  }
-  if (cookies !== null && cookies !== undefined) for (const cookie of cookies) yield ['set-cookie', cookie]
+/** Each cookie by itself, behind all others. */
+function pairsOf({ headersMap, cookies }: any): HeaderPairs {
+  const pairs: HeaderPairs = []
+  if (headersMap === undefined) return pairs
+  for (const { 0: name, 1: header } of headersMap)
+    if (name !== 'set-cookie') pairs[pairs.length] = [name, header.value]
+  if (cookies !== null) for (const cookie of cookies) pairs[pairs.length] = ['set-cookie', cookie]
+  return pairs
 }
 
 const noop = () => {}
@@ -133,7 +169,7 @@ function start(
     return reject(new TypeError('fetch failed', { cause: new Error(`unknown scheme: ${scheme}:`) }))
   const body = request.body as Body | null
   const whole = body?.whole()
-  const headers: HeaderPairs = [...entriesOf(request.headersList)]
+  const headers = pairsOf(request.headersList)
   const add = (name: string, value: string) => {
     if (!request.headersList.contains(name, true)) headers.push([name, value])
   }

@@ -60,10 +60,8 @@ export class Body {
     return this.#held.kind === 'text' ? this.#held.text : this.#held.bytes
   }
 
-  /** Reads all of it, on behalf of whoever called text(), json() and so on. */
+  /** Reads all of what is not whole, on behalf of whoever called text(), json() and so on. */
   async consume(): Promise<string | Bytes> {
-    const whole = this.whole()
-    if (whole !== undefined) return whole
     const read = this.reader().read
     const chunks: Bytes[] = []
     let size = 0
@@ -280,7 +278,8 @@ export function mixinBody(
     webidl.brandCheck(object, isOne)
     const state = stateOf(object)
     if (bodyUnusable(state)) throw new TypeError('Body is unusable: Body has already been read')
-    return convert(state.body ? await state.body.consume() : '', state)
+    const whole = state.body ? state.body.whole() : ''
+    return convert(whole === undefined ? await state.body!.consume() : whole, state)
   }
   const methods = {
     arrayBuffer() {
