@@ -36,8 +36,10 @@ const encoder = new TextEncoder()
 export class Exchange {
   readonly #send: Send
   readonly #enter: EnterLater
-  readonly #fetches = new Map<number, Fetch>()
-  readonly #numbers = new Map<number, number>()
+  /** By number; made by the first. */
+  #fetches: Map<number, Fetch> | undefined
+  /** Their numbers by the guest’s ids. */
+  #numbers: Map<number, number> | undefined
   #lastFetch = 0
   #request: Inflow | undefined
   #response: Outflow | undefined
@@ -128,6 +130,8 @@ export class Exchange {
     } catch (error) {
       return this.#enter('web', 'failed', id, `fetch failed: ${(error as Error).message}`, '')
     }
+    this.#fetches ??= new Map()
+    this.#numbers ??= new Map()
     if (this.#fetches.size >= maxFetches)
       return this.#enter('web', 'failed', id, `fetch failed: more than ${maxFetches} at once`, '')
     const n = ++this.#lastFetch
@@ -149,7 +153,7 @@ export class Exchange {
   }
 
   fetchPull(id: number): void {
-    const n = this.#numbers.get(id)
+    const n = this.#numbers?.get(id)
     this.#byId(id)?.down?.take((piece: Piece) => {
       if (typeof piece === 'object' && 'bytes' in piece) return this.#enter('web', 'chunk', id, piece.bytes)
       if (piece === 'end') this.#enter('web', 'end', id)
@@ -159,26 +163,26 @@ export class Exchange {
   }
 
   fetchAbort(id: number): void {
-    const n = this.#numbers.get(id)
+    const n = this.#numbers?.get(id)
     if (n === undefined) return
     this.#send(kinds.unfetch, [], n)
     this.#forget(n)
   }
 
   #byId(id: number): Fetch | undefined {
-    return this.#fetches.get(this.#numbers.get(id) ?? 0)
+    return this.#fetches?.get(this.#numbers?.get(id) ?? 0)
   }
 
   #forget(n: number): void {
-    const fetch = this.#fetches.get(n)
+    const fetch = this.#fetches?.get(n)
     if (fetch === undefined) return
-    this.#fetches.delete(n)
-    this.#numbers.delete(fetch.id)
+    this.#fetches?.delete(n)
+    this.#numbers?.delete(fetch.id)
     fetch.up?.stopped()
   }
 
   #fetched(n: number, answer: string): void {
-    const fetch = this.#fetches.get(n)
+    const fetch = this.#fetches?.get(n)
     if (fetch === undefined) return
     const head = JSON.parse(answer) as { body: boolean }
     if (head.body) fetch.down = new Inflow(this.#post(fetchDownStream(n)))
@@ -187,7 +191,7 @@ export class Exchange {
   }
 
   #answer(n: number, kind: string, ...args: unknown[]): void {
-    const fetch = this.#fetches.get(n)
+    const fetch = this.#fetches?.get(n)
     if (fetch !== undefined) this.#enter('web', kind, fetch.id, ...args)
   }
 
@@ -197,11 +201,11 @@ export class Exchange {
   }
 
   #inflow(number: number): Inflow | undefined {
-    return number === requestStream ? this.#request : this.#fetches.get(number >> 1)?.down
+    return number === requestStream ? this.#request : this.#fetches?.get(number >> 1)?.down
   }
 
   #outflow(number: number): Outflow | undefined {
-    return number === responseStream ? this.#response : this.#fetches.get(number >> 1)?.up
+    return number === responseStream ? this.#response : this.#fetches?.get(number >> 1)?.up
   }
 }
 
