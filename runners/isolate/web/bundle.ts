@@ -109,6 +109,15 @@ const combined = (list, name, value) => list.contains(name, false) ? list.get(na
       times: 1,
     },
   ],
+  // Encoders are made where they are used: most handlers need none, and would load the group for nothing.
+  'undici/lib/web/fetch/data-url.js': [
+    { find: /^const encoder = .*$/gm, replace: '', times: 1 },
+    { find: /\bencoder\.encode/g, replace: 'new TextEncoder().encode', times: 1 },
+  ],
+  'undici/lib/encoding/index.js': [
+    { find: /^const textDecoder = .*$/gm, replace: '', times: 1 },
+    { find: /\btextDecoder\.decode/g, replace: 'new TextDecoder().decode', times: 1 },
+  ],
   // A body that was made from text or bytes becomes a stream only when its stream is asked for.
   'undici/lib/web/fetch/request.js': [
     {
@@ -160,6 +169,7 @@ const combined = (list, name, value) => list.contains(name, false) ? list.get(na
     },
     // Text stays text.
     { find: /textEncoder\.encode\(\s*serialize/g, replace: '(serialize', times: 1 },
+    { find: /^const textEncoder = .*$/gm, replace: '', times: 1 },
     {
       find: /util\.isDisturbed\(this\.#state\.body\.stream\)/g,
       replace: 'this.#state.body.disturbed',
@@ -224,7 +234,7 @@ const plugin: Plugin = {
       const found = replaced.find((entry) => entry.importer.test(importer) && entry.specifier.test(path))
       return found === undefined ? undefined : { path: join(guest, found.file) }
     })
-    onLoad({ filter: /\/node_modules\/(undici\/lib\/web|@exodus\/bytes)\/.*\.js$/ }, async ({ path }) => {
+    onLoad({ filter: /\/node_modules\/(undici\/lib|@exodus\/bytes)\/.*\.js$/ }, async ({ path }) => {
       let contents = await readFile(path, 'utf8')
       for (const { find, replace, times } of patches[path.split('/node_modules/').at(-1)!] ?? []) {
         const count = contents.match(find)?.length ?? 0
