@@ -49,6 +49,9 @@ const maxTimers = 10_000
 /** Of what is said of one span, in bytes; where it is more, its attributes are left out. */
 const maxSpanBytes = 128 * 1024
 
+/** Code that will most likely have a Request or make a Response. */
+const mentionsFetch = /\bfetch\b|\bRe(?:quest|sponse)\b/
+
 /** What the guest may call, in the order in which it is given: see `Host` and `Bridge` there. */
 const hostNames = [
   ...['log', 'done', 'setTimer', 'clearTimer', 'loaded'],
@@ -225,6 +228,8 @@ export class Sandbox {
       throw error
     }
     this.#main = main
+    // Now, while the run may still be on its way, rather than in its first call.
+    if (mentionsFetch.test(source)) this.#enterGuest.applySync(undefined, ['ahead'])
   }
 
   /** Calls the handler, after evaluating the module where this is the first call. */

@@ -60,9 +60,20 @@ export interface Parts {
  * output limit, head as JSON text, body as text, bytes, true where it comes piece by piece, or undefined), `timer`
  * (id), `abort` (message), `gone`, `body` (bytes, or undefined at the end; then perhaps why the rest never comes),
  * `drain` (whether more is wanted), `web` (kind, id and what goes with it), `exports` (specifier), which gives the names
- * of the exports of a `node:` module with spaces between them, or undefined where there is none such.
+ * of the exports of a `node:` module with spaces between them, or undefined where there is none such; and `ahead`,
+ * before any call, which makes ready what fetch handlers need.
  */
-export type Operation = 'call' | 'http' | 'timer' | 'abort' | 'gone' | 'body' | 'drain' | 'web' | 'exports'
+export type Operation =
+  | 'call'
+  | 'http'
+  | 'ahead'
+  | 'timer'
+  | 'abort'
+  | 'gone'
+  | 'body'
+  | 'drain'
+  | 'web'
+  | 'exports'
 export type Enter = (operation: Operation, ...args: unknown[]) => string | undefined
 
 export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install): Enter {
@@ -474,6 +485,9 @@ export function boot(host: Host, parts: Parts, bridge: Bridge, install: Install)
         if (isLoaded) void start(made)
         break
       }
+      case 'ahead':
+        web.loadFetch()
+        break
       case 'timer':
         timers.fire(a as number)
         break

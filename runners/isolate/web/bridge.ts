@@ -134,6 +134,8 @@ export interface WebGuest {
    * is already used. Nothing is awaited; what `read` gives comes from the response’s stream.
    */
   readResponse(response: unknown): ReadResponse
+  /** Evaluates what `makeRequest` and `readResponse` are part of, which is done at their first use otherwise. */
+  loadFetch(): void
   /** A true AbortSignal and what fires it. Without a reason: a DOMException named AbortError. */
   makeAbort(): { signal: object; abort(reason?: unknown): void }
   /** Specifiers of `modules`, each also without its `node:`. */

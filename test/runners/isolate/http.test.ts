@@ -63,6 +63,15 @@ test('an object with a fetch method, as Hono’s app is, is a handler with its r
   assert.is((await call(runner, code)).text, 'from the app')
 })
 
+test('Request and Response are made ready before a module that mentions them does anything', async () => {
+  await using runner = await createIsolateRunner({ min: 1 })
+  const poison = `for (const name of ['defineProperty', 'defineProperties', 'assign', 'entries'])
+    Object[name] = () => { throw new Error('poisoned') }`
+  const { outcome, text } = await call(runner, handler(`return Response.json(request.method)`, poison))
+  assert.is(outcome.status, 'completed', JSON.stringify(outcome))
+  assert.is(text, '"GET"')
+})
+
 test('binary bodies pass unharmed both ways', async () => {
   await using runner = await createIsolateRunner({ min: 1 })
   const body = Uint8Array.from({ length: 1_000 }, (_, i) => (i * 7) % 256)

@@ -195,6 +195,7 @@ export function install(bridge: Bridge, services: GuestServices): WebGuest {
     },
     makeRequest: (head: never, body: never, signal: never) => group('fetch').makeRequest(head, body, signal),
     readResponse: (response: unknown) => group('fetch').readResponse(response),
+    loadFetch: () => void group('fetch'),
     makeAbort: () => group('events').makeAbort(),
     specifiers,
     module: (specifier: string) => {
