@@ -23,11 +23,13 @@ import {
   parse,
   putOf,
   startOf,
+  warmOf,
   whole,
 } from './requests.ts'
 import { mountRoot, resizeScratch } from './root.ts'
 import { HostError } from './streams.ts'
 import { AgentError, check, log, writeAll } from './system.ts'
+import { warm } from './warm.ts'
 
 const maxPingBytes = 64
 
@@ -50,6 +52,7 @@ class Agent {
     [machineKinds.ask]: () => this.#channel.sendJson(machineKinds.usage, jobUsage()),
     [machineKinds.ping]: (payload) => this.#pong(payload),
     [machineKinds.off]: () => linux.powerOff(),
+    [machineKinds.warm]: (payload) => warm(warmOf(parse(payload))),
     [machineKinds.data]: (payload, stream) => this.#life.takeInput(stream, payload),
     [machineKinds.end]: (_payload, stream) => this.#life.endInput(stream),
     [machineKinds.credit]: (payload, stream) => this.#life.credit(stream, creditOf(payload)),

@@ -1,9 +1,10 @@
 /** The control groups (cgroup v2): the workload’s, with its limits, and the agent’s, which goes before it. */
 
 import * as os from 'quickjs:os'
+import * as linux from 'vulcan:linux'
 import type { MachineUsage } from '../shared/machine.ts'
 import { groupPath } from './layout.ts'
-import { readText, trySet, writeText } from './system.ts'
+import { openFlags, readText, trySet, writeText } from './system.ts'
 
 const mebibyte = 2 ** 20
 const job = `${groupPath}/job`
@@ -52,8 +53,8 @@ export const killJob = (): void => writeText(`${job}/cgroup.kill`, '1')
 let seenPeak = 0
 
 export function jobUsage(): MachineUsage {
-  const current = Number(readText(`${job}/memory.current`)) || 0
-  seenPeak = Math.max(seenPeak, current, Number(readText(`${job}/memory.peak`)) || 0)
+  const found = read('memory.peak') || read('memory.current')
+  seenPeak = Math.max(seenPeak, Number(found) || 0)
   return {
     cpu_ms: Math.round(field('cpu.stat', 'usage_usec') / 1000),
     memory_peak_mb: Math.round((seenPeak / mebibyte) * 10) / 10,
@@ -73,7 +74,7 @@ const rereadPages = 200
  * without memory of its own left: the kernel finds something to take for ever, and calls nothing out of memory.
  */
 export function isThrashing(): boolean {
-  const max = Number(readText(`${job}/memory.max`)) || 0
+  const max = Number(read('memory.max')) || 0
   const stat = lines('memory.stat')
   const takeable = (stat.get('inactive_file') ?? 0) + (stat.get('active_file') ?? 0)
   const reread = stat.get('workingset_refault_file') ?? stat.get('workingset_refault') ?? 0
@@ -84,11 +85,14 @@ export function isThrashing(): boolean {
 
 /** A line `name number` of one of the group’s files; 0 where there is none. */
 function field(file: string, name: string): number {
-  return lines(file).get(name) ?? 0
+  const line = read(file)
+    .split('\n')
+    .find((one) => one.startsWith(`${name} `))
+  return Number(line?.slice(name.length)) || 0
 }
 
 function lines(file: string): Map<string, number> {
-  const pairs = readText(`${job}/${file}`).split('\n')
+  const pairs = read(file).split('\n')
   return new Map(
     pairs.map((line) => {
       const [name = '', number] = line.split(' ')
@@ -97,5 +101,20 @@ function lines(file: string): Map<string, number> {
   )
 }
 
+/** The group’s files that were read, by name: to look one up costs an emulated machine more than to read it. */
+const opened = new Map<string, number>()
+const text = new ArrayBuffer(8192)
+
+/** One of the group’s files; '' where there is none. */
+function read(file: string): string {
+  let fd = opened.get(file)
+  if (fd === undefined) {
+    fd = os.open(`${job}/${file}`, openFlags.readonly | openFlags.closeOnExec)
+    opened.set(file, fd)
+  }
+  const length = fd < 0 ? 0 : linux.readFirst(fd, text)
+  return length <= 0 ? '' : linux.text(text, 0, length).trim()
+}
+
 /** Whether the kernel keeps the peak, so that nobody has to look. */
-export const keepsPeak = (): boolean => readText(`${job}/memory.peak`) !== ''
+export const keepsPeak = (): boolean => read('memory.peak') !== ''

@@ -13,7 +13,7 @@ import type { Channel } from './channel.ts'
 import { isThrashing, jobGroup, jobUsage, keepsPeak, killJob, limitJob, signalJob } from './group.ts'
 import { rootPath } from './layout.ts'
 import type { Loop } from './loop.ts'
-import { bindAt, makeDirectory } from './places.ts'
+import { makeDirectory } from './places.ts'
 import { makeResult } from './root.ts'
 import { HostError, Inlet, Outlet } from './streams.ts'
 import { AgentError, check, openFlags, pollEvents } from './system.ts'
@@ -60,15 +60,12 @@ export class Life {
     if (this.#start !== undefined) throw new HostError('a second start')
     this.#start = start
     makeDirectory(start.cwd)
-    if (start.result !== null) {
-      this.#resultFile = makeResult(start.result_bytes)
-      bindAt(this.#resultFile, start.result, 'file', false)
-    }
+    if (start.result !== null) this.#resultFile = makeResult(start.result, start.result_bytes)
     limitJob(start)
     const [pid, stdin, stdout, stderr] = this.#execute(start)
     this.#pid = pid
     if (!keepsPeak()) this.#watchPeak()
-    this.#watchMemory()
+    this.#loop.after(thrashMs, () => this.#watchMemory())
     this.#outlets = [
       new Outlet(this.#loop, this.#channel, machineStreams.stdout, stdout, () => this.#proceed()),
       new Outlet(this.#loop, this.#channel, machineStreams.stderr, stderr, () => this.#proceed()),

@@ -149,6 +149,15 @@ FUNCTION(js_poll) {
   return JS_NewInt32(ctx, ready < 0 ? -errno : ready);
 }
 
+/* readFirst(fd, buffer): the first bytes of a file, as many as there is room for; their number */
+FUNCTION(js_read_first) {
+  size_t size;
+  uint8_t *buffer = JS_GetArrayBuffer(ctx, &size, argv[1]);
+  if (buffer == NULL) return JS_ThrowRangeError(ctx, "readFirst: no buffer");
+  ssize_t length = pread(number_of(ctx, argv[0]), buffer, size, 0);
+  return JS_NewInt32(ctx, length < 0 ? -errno : length);
+}
+
 /* childSignals(): a descriptor that can be read when a child has ended */
 FUNCTION(js_child_signals) {
   sigset_t set;
@@ -526,6 +535,7 @@ static const JSCFunctionListEntry functions[] = {
   JS_CFUNC_DEF("mknod", 4, js_mknod),
   JS_CFUNC_DEF("openIn", 4, js_open_in),
   JS_CFUNC_DEF("poll", 3, js_poll),
+  JS_CFUNC_DEF("readFirst", 2, js_read_first),
   JS_CFUNC_DEF("childSignals", 0, js_child_signals),
   JS_CFUNC_DEF("reap", 0, js_reap),
   JS_CFUNC_DEF("setTime", 1, js_set_time),

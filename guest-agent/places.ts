@@ -64,13 +64,18 @@ function makeFile(path: string, mode: number): number {
   return check(fd, path)
 }
 
+/** One of the image’s is lifted out of it, so that files can be laid into it without delay; false where it is not there. */
+export function lift(path: string): boolean {
+  if (!isThere(path)) return false
+  within(path, (own) => os.utimes(own, Date.now(), Date.now()))
+  return true
+}
+
 /** Does what the host has put; the descriptor of a file, for its bytes. */
 export function put({ path, kind, to, mode }: PutHeader): number | undefined {
   if (kind === 'file') return makeFile(path, mode)
   if (kind === 'directory') {
-    // One of the image is lifted out of it, so that files can be laid into it without delay.
-    if (isThere(path)) within(path, (own) => os.utimes(own, Date.now(), Date.now()))
-    else makeDirectory(path, mode)
+    if (!lift(path)) makeDirectory(path, mode)
     return undefined
   }
   const { parent, name } = split(path)

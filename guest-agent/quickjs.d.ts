@@ -13,7 +13,9 @@ declare module 'quickjs:os' {
   export function remove(path: string): number
   export function symlink(target: string, path: string): number
   export function readdir(path: string): [names: string[], error: number]
-  export function stat(path: string): [found: { mode: number } | null, error: number]
+  export function stat(
+    path: string,
+  ): [found: { mode: number; size: number; dev: number; ino: number } | null, error: number]
   export function lstat(path: string): [found: { mode: number } | null, error: number]
   export function kill(pid: number, signal: number): number
   /** Milliseconds of the monotonic clock. */
@@ -33,6 +35,8 @@ declare module 'vulcan:linux' {
   export function openIn(root: string, path: string, flags: number, mode?: number): number
   /** `buffer` holds `count` structures: a descriptor (int32), events (int16) and what came of them (int16). */
   export function poll(buffer: ArrayBuffer, count: number, timeoutMs: number): number
+  /** The first bytes of a file, whatever was read of it before. */
+  export function readFirst(fd: number, buffer: ArrayBuffer): number
   /** A descriptor that becomes readable when a child has ended. */
   export function childSignals(): number
   /** A child that has ended; its code as a shell has it. */

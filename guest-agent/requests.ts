@@ -6,9 +6,13 @@ import type {
   MountSpec,
   PutHeader,
   Start,
+  Warm,
 } from '../shared/machine.ts'
 import { HostError } from './streams.ts'
 import { textOf } from './system.ts'
+
+const hexDigits = '0123456789abcdef'
+const maxHexBytes = 128
 
 type Fields = Record<string, unknown>
 
@@ -85,6 +89,16 @@ export function putOf(payload: Uint8Array): { header: PutHeader; bytes: Uint8Arr
   return { header, bytes: payload.subarray(end + 1) }
 }
 
+export function warmOf(value: unknown): Warm {
+  const { directories, result, result_bytes } = fields(value)
+  return { directories: list(directories, text), ...resultOf(result, result_bytes) }
+}
+
+const resultOf = (result: unknown, bytes: unknown) => ({
+  result: result === null ? null : text(result),
+  result_bytes: whole(bytes),
+})
+
 export function startOf(value: unknown): Start {
   const start = fields(value)
   const argv = list(start.argv, text)
@@ -99,8 +113,7 @@ export function startOf(value: unknown): Start {
     memory_mb: whole(start.memory_mb),
     pids: whole(start.pids),
     file_bytes: whole(start.file_bytes),
-    result: start.result === null ? null : text(start.result),
-    result_bytes: whole(start.result_bytes),
+    ...resultOf(start.result, start.result_bytes),
   }
 }
 
@@ -122,9 +135,15 @@ export function creditOf(payload: Uint8Array): number {
   return Number(digits)
 }
 
+/** Up to `maxHexBytes`. Throws `HostError`. */
 export function bytesOfHex(hex: string): Uint8Array {
-  if (!/^([0-9a-f]{2}){1,128}$/.test(hex)) throw new HostError('not hexadecimal')
-  return Uint8Array.from({ length: hex.length / 2 }, (_none, index) =>
-    Number.parseInt(hex.slice(index * 2, index * 2 + 2), 16),
-  )
+  const length = hex.length / 2
+  if (!Number.isInteger(length) || length < 1 || length > maxHexBytes) throw new HostError('not hexadecimal')
+  const bytes = new Uint8Array(length)
+  for (let index = 0; index < hex.length; index++) {
+    const digit = hexDigits.indexOf(hex[index]!)
+    if (digit < 0) throw new HostError('not hexadecimal')
+    bytes[index >> 1]! |= digit << (index % 2 === 0 ? 4 : 0)
+  }
+  return bytes
 }

@@ -47,24 +47,42 @@ export function mountRoot(): void {
   within('/proc', (proc) => within('/dev/null', (nothing) => sealProc(proc, nothing)))
 }
 
+/** Of the scratch file system, MiB. */
+let scratchMb = firstScratchMb
+
 /** What /tmp, /run and the like may hold together, MiB. */
 export function resizeScratch(mb: number): void {
+  if (mb === scratchMb) return
   const data = `size=${Math.max(1, mb)}m`
   check(linux.mount(null, scratchPath, null, mountFlags.remount | hidden, data), 'resize /tmp')
+  scratchMb = mb
 }
 
+/** Bytes that the result’s file system takes, and where its file is bound in the workload’s root. */
+let resultBytes: number | undefined
+let resultPlace: string | undefined
+
 /**
- * A file for the result, empty and writable for everybody, with room of its own, whatever the workload fills.
+ * A file for the result, empty and writable for everybody, with room of its own, whatever the workload fills. Of what
+ * was made before nothing is made again.
  *
+ * @param place in the workload’s root
  * @param bytes that it takes at least, and not many more
  * @returns its path, of the agent’s
  */
-export function makeResult(bytes: number): string {
+export function makeResult(place: string, bytes: number): string {
+  const flags = hidden | mountFlags.noExecute
   const data = `mode=0755,size=${bytes + resultSlackBytes}`
-  mount('tmpfs', resultPath, 'tmpfs', hidden | mountFlags.noExecute, data)
   const file = `${resultPath}/result`
-  const flags = openFlags.writeOnly | openFlags.create | openFlags.closeOnExec
-  os.close(check(os.open(file, flags, 0o666), 'result'))
+  if (resultBytes === undefined) {
+    mount('tmpfs', resultPath, 'tmpfs', flags, data)
+    const created = openFlags.writeOnly | openFlags.create | openFlags.closeOnExec
+    os.close(check(os.open(file, created, 0o666), 'result'))
+  } else if (bytes !== resultBytes)
+    check(linux.mount(null, resultPath, null, mountFlags.remount | flags, data), 'resize the result')
+  resultBytes = bytes
+  if (place !== resultPlace) bindAt(file, place, 'file', false)
+  resultPlace = place
   return file
 }
 

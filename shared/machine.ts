@@ -25,6 +25,8 @@ export const machineKinds = {
   ping: 8,
   /** powers the machine off */
   off: 9,
+  /** `Warm`: before a snapshot. No answer where it goes well. */
+  warm: 10,
   /** `Ready`: once, when the agent is up; a machine restored from a snapshot does not say it again */
   ready: 16,
   configured: 17,
@@ -103,6 +105,15 @@ export interface PutHeader {
   mode: number
 }
 
+/** What machines that are restored from a snapshot will ask for, as far as it can be there before. */
+export interface Warm {
+  /** Directories that files will be put into: those that are there. */
+  directories: string[]
+  /** As in `Start`. */
+  result: string | null
+  result_bytes: number
+}
+
 export interface Start {
   argv: string[]
   env: Record<string, string>
@@ -123,7 +134,7 @@ export interface Ready {
   /** `uname -r`. */
   kernel: string
 }
-export const machineProtocol = 1
+export const machineProtocol = 2
 
 export interface Failed {
   /** `user`: the command is not there or cannot be executed; `machine`: anything else. */

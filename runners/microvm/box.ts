@@ -19,6 +19,7 @@ import {
   type Mount,
 } from '../container/engine.ts'
 import { unmeasured } from '../container/phases.ts'
+import { inBox } from '../container/protocol.ts'
 import { AgentFailed, Channel, type ProcessEnd } from './channel.ts'
 import { jobDriveBytes, type Machine } from './driver.ts'
 import { smallTree } from './small-tree.ts'
@@ -26,6 +27,11 @@ import type { Left } from './templates.ts'
 
 /** The agent of a machine that was started from its kernel has so many ms to come up: under emulation, on a busy host. */
 const bootMs = 60_000
+/**
+ * A kernel is busy with itself for so many ms after its start: it chooses a clock, makes threads, begins to skip ticks.
+ * What a snapshot is taken before, each machine restored from it does again.
+ */
+const settleMs = 2_500
 /** What is asked of the agent is done after so many ms, or never. */
 const answerMs = 30_000
 /** What a process has used is asked for so long (ms); then what the machine has used is told. */
@@ -84,6 +90,7 @@ export class MicrovmBox implements Box {
   readonly #killed = Promise.withResolvers<void>()
   /** CPU time (ms) that was taken before the box was made. */
   readonly #earlierMs: number
+  readonly #madeAt = performance.now()
   #state: 'made' | 'running' | 'ended' = 'made'
   #limits: BoxLimits
   #usage: BoxUsage = { cpuMs: null, memoryPeakMb: null }
@@ -143,10 +150,24 @@ export class MicrovmBox implements Box {
       const furnish = () => this.#furnish(this.resumed ? [] : mounts)
       if (this.resumed || mounts.length === 0) await furnish()
       else await phases.measure('mount files', furnish)
+      if (this.#parts.isTemplate) await this.#warm()
     } catch (error) {
       throw await this.#explained(error)
     }
     this.#earlierDisk = diskOfProcesses([this.#machine.pid])
+  }
+
+  /** What each box that goes on from it would take time for: the same whoever asked for it first. */
+  async #warm(): Promise<void> {
+    const { template, limits } = this.#parts.spec
+    this.#channel.warm({
+      directories: [inBox.workspace],
+      ...(template === undefined
+        ? { result: inBox.result, result_bytes: limits.fileBytes }
+        : { result: null, result_bytes: 0 }),
+    })
+    await inTime(this.#channel.ping(), bootMs, 'its files')
+    await sleep(Math.max(0, this.#madeAt + settleMs - performance.now()))
   }
 
   async #furnish(wanted: readonly Mount[]): Promise<void> {

@@ -23,6 +23,7 @@ import {
   type Ready,
   type Start,
   machineStreams as streams,
+  type Warm,
 } from '../../shared/machine.ts'
 import { lineWork, Pace } from '../container/lines.ts'
 
@@ -220,6 +221,11 @@ export class Channel {
       }
       this.#duplex.on('drain', done).on('close', done)
     })
+  }
+
+  /** Has the agent ready what a snapshot is to have; a `ping` tells that it has. */
+  warm(warm: Warm): void {
+    this.#send(kinds.warm, json(warm))
   }
 
   powerOff(): void {

@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto'
 import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fetchedFirecracker, findMachineParts } from '../../rootfs/index.ts'
+import { Limits } from '../../shared/workload.ts'
 import {
   assembleRunner,
   capabilitiesOf,
@@ -15,6 +16,7 @@ import type { EngineOptions, Image, ImageStore } from '../container/engine.ts'
 import { findProgram } from '../container/images/processes.ts'
 import { openImageStore, requireImageTools } from '../container/images/store.ts'
 import { type ContainerOptions, openNetworksOf } from '../container/index.ts'
+import { boxLimits } from '../container/plan.ts'
 import { findRuntime } from '../container/runtimes/index.ts'
 import type { Probe, Runner } from '../runner.ts'
 import type { Driver, DriverOptions } from './driver.ts'
@@ -192,7 +194,8 @@ async function runOnce(engine: MicrovmEngine, image: Image): Promise<void> {
     cwd: '/',
     user: { uid: 65_534, gid: 65_534, groups: [] },
     mounts: [],
-    limits: { memoryMb: 64, cpu: 1, pids: 16, diskMb: 16, fileBytes: 1_048_576 },
+    // The template that it leaves is then as most commands want it.
+    limits: boxLimits(Limits.parse({}), 'command'),
     network: undefined,
   })
   try {

@@ -232,8 +232,11 @@ const outOfPlace: [string, (talk: Talk) => void][] = [
     'an end with another after it',
     (talk) => [0, 1].map(() => talk.say(kinds.exited, { code: 0, oom: false, usage })),
   ],
-  ['a second beginning', (talk) => [0, 1].map(() => talk.say(kinds.ready, { protocol: 1, kernel: '' }))],
-  ['another protocol', (talk) => talk.say(kinds.ready, { protocol: 2, kernel: '' })],
+  [
+    'a second beginning',
+    (talk) => [0, 1].map(() => talk.say(kinds.ready, { protocol: machineProtocol, kernel: '' })),
+  ],
+  ['another protocol', (talk) => talk.say(kinds.ready, { protocol: machineProtocol + 1, kernel: '' })],
   ['a length that is too large', (talk) => talk.raw(Buffer.from('ffffffff1600', 'hex'))],
   [
     'failure upon failure',
