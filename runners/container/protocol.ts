@@ -15,7 +15,10 @@ export interface RunHeader {
   follows?: true
   /** Of the first run after a snapshot: hex that random generators are seeded with; the shim goes to `root` then. */
   seed?: string
-  /** The files of a program that nobody sent: written below `root`, run once, and forgotten with all it left. */
+  /**
+   * The files of a program that nobody sent: written below `root`, run once, and forgotten with all it left. None:
+   * they are there already, and stay.
+   */
   rehearsal?: Record<string, string>
   /** Written to standard error when the run is over, as `markOf` has it: what came before belongs to the run. */
   mark: string
@@ -67,6 +70,8 @@ export const inBox = {
   workspace: '/workspace',
   nodeShim: '/.vulcan/shim.mjs',
   pythonShim: '/.vulcan/shim.py',
+  /** Programs of ours that a box was rehearsed with. */
+  rehearsal: '/.vulcan/rehearsal',
   /** Named by VULCAN_RESULT. */
   result: '/.vulcan/result',
   /** A Go program that was built here. */

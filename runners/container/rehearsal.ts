@@ -5,9 +5,11 @@
  */
 
 import { createHash } from 'node:crypto'
+import { mkdir, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import type { Box } from './engine.ts'
 import { Shim } from './handler.ts'
-import type { RunHeader } from './protocol.ts'
+import { inBox, type RunHeader } from './protocol.ts'
 
 /** Where their files are while they run: no directory of a job’s is ever there. */
 const stage = '/tmp/.rehearsal'
@@ -149,18 +151,37 @@ def handler(input, ctx):
 export const rehearsalKey = (language: 'node' | 'python'): string =>
   createHash('sha256').update(JSON.stringify(programs[language])).digest('hex').slice(0, 16)
 
-const again: Record<'node' | 'python', Program> = {
+/** What most handlers are made of, and a look into the place where a job’s files will be. */
+const again: Record<'node' | 'python', Program & { input: string }> = {
   node: {
-    files: { 'index.js': 'export default async (input, ctx) => ({ input, id: ctx.id })\n' },
+    files: {
+      'index.js': `// Sums.
+export default async ({ n, list, text }, ctx) => {
+  const total = list.reduce((sum, each) => sum + each * n + 1, 0) * 2
+  return { total, text: \`\${text}\${ctx.id}\`, found: existsSync('${inBox.workspace}/none') }
+}
+import { existsSync } from 'node:fs'
+`,
+    },
     entry: null,
     input: '{"n":1,"list":[1,2,3],"text":"é"}',
   },
   python: {
-    files: { 'main.py': "def handler(input, ctx):\n    return {'input': input, 'id': ctx.id}\n" },
+    files: {
+      'main.py': `import os
+
+def handler(input, ctx):
+    total = sum(each * input['n'] for each in input['list'])
+    return {'total': total, 'text': f"{input['text']}{ctx.id}", 'found': os.path.exists('${inBox.workspace}/none')}
+`,
+    },
     entry: null,
     input: '{"n":1,"list":[1,2,3],"text":"é"}',
   },
 }
+
+/** Of `rehearseAgain`: modules are kept by their names, so each has its own. */
+const rounds = ['1', '2']
 
 /** The first real run brings its own, drawn then. */
 const seedOfNothing = '00'.repeat(32)
@@ -178,13 +199,33 @@ export async function rehearse(box: Box, language: 'node' | 'python'): Promise<v
   })
 }
 
+/** A directory in `dir` with what `rehearseAgain` runs. */
+export async function writeRehearsal(dir: string, language: 'node' | 'python'): Promise<string> {
+  const directory = join(dir, `rehearsal-${language}`)
+  for (const round of rounds) {
+    const place = join(directory, round)
+    await mkdir(place, { recursive: true })
+    for (const [name, text] of Object.entries(again[language].files)) await writeFile(join(place, name), text)
+  }
+  return directory
+}
+
 /**
  * What a first run does whatever its code, for a box that was resumed: what an emulator has translated is in no
- * snapshot, and what it translates is memory of this machine alone.
+ * snapshot, and what it translates is memory of this machine alone. `directory` is of `writeRehearsal`: its files come
+ * as those of a job do, and are read from where those are.
  */
-export async function rehearseAgain(box: Box, shim: Shim, language: 'node' | 'python'): Promise<void> {
+export async function rehearseAgain(
+  box: Box,
+  shim: Shim,
+  language: 'node' | 'python',
+  directory: string,
+): Promise<void> {
   await inTime(box, async () => {
-    for (const round of [3, 4]) await perform(shim, again[language], `${stage}-${round}`, seedOfNothing)
+    await box.provide?.(directory, inBox.rehearsal)
+    const { entry, input } = again[language]
+    for (const round of rounds)
+      await perform(shim, { files: {}, entry, input }, `${inBox.rehearsal}/${round}`, seedOfNothing)
   })
 }
 

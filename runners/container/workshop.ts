@@ -41,7 +41,7 @@ import {
   workingDirectory,
 } from './plan.ts'
 import { inBox, memorySpent } from './protocol.ts'
-import { rehearsalKey, rehearse, rehearseAgain } from './rehearsal.ts'
+import { rehearsalKey, rehearse, rehearseAgain, writeRehearsal } from './rehearsal.ts'
 import { readInRoot } from './rootfs.ts'
 import { Sandbox } from './sandbox.ts'
 import { makeShims } from './shims/bundle.ts'
@@ -72,8 +72,8 @@ interface Making {
 type HandlerRoute = Extract<Route, { kind: 'handler' }>
 type CommandRoute = Exclude<Route, HandlerRoute>
 
-/** The text of each, in a file and by its hash. */
-type Shims = Record<'node' | 'python', { file: string; sha256: string }>
+/** The text of each, in a file and by its hash, and the directory with what it is rehearsed with. */
+type Shims = Record<'node' | 'python', { file: string; sha256: string; rehearsal: string }>
 
 /** What is missing here, and what brings it. */
 export class Unavailable extends Error {
@@ -121,13 +121,16 @@ export class Workshop implements AsyncDisposable, BuildTools {
     const texts = await makeShims()
     const dir = join(options.files.path, 'shims')
     await mkdir(dir)
-    const shim = (name: string, text: string) => ({
-      file: join(dir, name),
-      sha256: createHash('sha256').update(text).digest('hex'),
-    })
-    const shims = { node: shim('shim.mjs', texts.node), python: shim('shim.py', texts.python) }
-    await writeCode(dir, 'shim.mjs', texts.node)
-    await writeCode(dir, 'shim.py', texts.python)
+    const write = async (language: 'node' | 'python', name: string) => {
+      const text = texts[language]
+      await writeCode(dir, name, text)
+      return {
+        file: join(dir, name),
+        sha256: createHash('sha256').update(text).digest('hex'),
+        rehearsal: await writeRehearsal(dir, language),
+      }
+    }
+    const shims = { node: await write('node', 'shim.mjs'), python: await write('python', 'shim.py') }
     const nothing = join(dir, 'nothing')
     await mkdir(nothing)
     return new Workshop(options, shims, nothing)
@@ -337,12 +340,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
   async #limber(sandbox: Sandbox, language: 'node' | 'python'): Promise<void> {
     const { box, shim } = sandbox
     if (box.resumed !== true) return
-    await orClosed(sandbox, async () => {
-      await rehearseAgain(box, shim!, language)
-      // As the files of the job will come; these are in it already.
-      const { source, target } = this.#shimMount(language)
-      await box.provide?.(source, target)
-    })
+    await orClosed(sandbox, () => rehearseAgain(box, shim!, language, this.#shims[language].rehearsal))
   }
 
   /** A box with a shim on a runtime image of ours, whose files come later. */

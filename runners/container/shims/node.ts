@@ -643,16 +643,17 @@ async function fetchJson(run: Run, fetch: Handler): Promise<void> {
 
 async function start(run: Run): Promise<void> {
   const { root, seed, rehearsal } = run.header
-  if (rehearsal !== undefined) {
+  const files = Object.entries(rehearsal ?? {})
+  if (files.length > 0) {
     mkdirSync(root, { recursive: true })
-    for (const [name, text] of Object.entries(rehearsal)) writeFileSync(join(root, name), text)
+    for (const [name, text] of files) writeFileSync(join(root, name), text)
   }
   if (seed !== undefined) wakeUp(seed, root)
   await perform(run)
   if (rehearsal === undefined) return
   // Before the next run can come.
   if (seed !== undefined) process.chdir('/')
-  rmSync(root, { recursive: true, force: true })
+  if (files.length > 0) rmSync(root, { recursive: true, force: true })
   for (const path of Object.keys(require.cache)) if (path.startsWith(root)) delete require.cache[path]
   handler = undefined
   loading = undefined

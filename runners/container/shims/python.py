@@ -498,7 +498,7 @@ class Shim:
     def run(self, run):
         seed, rehearsal = run.header.get("seed"), run.header.get("rehearsal")
         root, modules, path = run.header["root"], set(sys.modules), list(sys.path)
-        if rehearsal is not None:
+        if rehearsal:
             os.makedirs(root, exist_ok=True)
             for name, text in rehearsal.items():
                 with open(os.path.join(root, name), "w") as file:
@@ -517,7 +517,8 @@ class Shim:
         sys.path[:] = path
         for name in [name for name in sys.path_importer_cache if name.startswith(root)]:
             del sys.path_importer_cache[name]
-        shutil.rmtree(root, ignore_errors=True)
+        if rehearsal:
+            shutil.rmtree(root, ignore_errors=True)
         self.handler = None
 
     def perform(self, run):
