@@ -72,9 +72,10 @@ export async function readInRoot(root: string, path: string, maxBytes: number): 
       resolved.path,
       constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK,
     )
-    if (!(await file.stat()).isFile()) return undefined
-    const buffer = Buffer.alloc(maxBytes)
-    const { bytesRead } = await file.read(buffer, 0, maxBytes, 0)
+    const stat = await file.stat()
+    if (!stat.isFile()) return undefined
+    const buffer = Buffer.alloc(Math.min(stat.size, maxBytes))
+    const { bytesRead } = await file.read(buffer, 0, buffer.length, 0)
     return buffer.toString('utf8', 0, bytesRead)
   } catch {
     return undefined

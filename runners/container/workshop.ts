@@ -82,6 +82,8 @@ export class Unavailable extends Error {
 
 /** /etc/passwd and /etc/group are read up to here. */
 const maxAccountBytes = 1_048_576
+/** Users of images that are remembered. */
+const maxUsers = 256
 /** Archives with more entries than this are mounted, rather than linked into a box that is there. */
 const maxLinked = 1_000
 /** Boxes made at the same time: each takes a core for a while, and more of them only make each other late. */
@@ -99,6 +101,8 @@ export class Workshop implements AsyncDisposable, BuildTools {
   readonly #shims: Shims
   /** An empty directory. */
   readonly #nothing: string
+  /** By digest of the image and what names them there: what an image says never changes. */
+  readonly #users = new Map<string, FoundUser>()
   /** Every box that there is, from its making to its removal. */
   readonly #sandboxes = new Set<Sandbox>()
   readonly #making = new Set<Promise<unknown>>()
@@ -185,12 +189,18 @@ export class Workshop implements AsyncDisposable, BuildTools {
 
   async user(image: Image, text: string, phases = unmeasured): Promise<FoundUser> {
     if (!needsFiles(text)) return findUser(text, '', '')
+    const key = `${image.digest} ${text}`
+    const known = this.#users.get(key)
+    if (known !== undefined) return known
     const root = await image.root(phases)
     const [passwd = '', group = ''] = await Promise.all([
       readInRoot(root, '/etc/passwd', maxAccountBytes),
       readInRoot(root, '/etc/group', maxAccountBytes),
     ])
-    return findUser(text, passwd, group)
+    const found = findUser(text, passwd, group)
+    if (this.#users.size >= maxUsers) this.#users.clear()
+    this.#users.set(key, found)
+    return found
   }
 
   /** The directory with a source’s files; undefined where it is an image. */

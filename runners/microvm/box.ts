@@ -448,16 +448,13 @@ export class MicrovmBox implements Box {
 }
 
 async function inTime<T>(promise: Promise<T>, ms: number, what: string): Promise<T> {
-  const late = new AbortController()
-  const overdue = sleep(ms, undefined, { signal: late.signal }).then(() => {
-    throw new Error(`${what} took more than ${ms} ms`)
-  })
-  overdue.catch(() => {})
+  const overdue = Promise.withResolvers<never>()
+  const timer = setTimeout(() => overdue.reject(new Error(`${what} took more than ${ms} ms`)), ms)
   promise.catch(() => {})
   try {
-    return await Promise.race([promise, overdue])
+    return await Promise.race([promise, overdue.promise])
   } finally {
-    late.abort()
+    clearTimeout(timer)
   }
 }
 
