@@ -48,6 +48,21 @@ test('a process runs as its user in its directory, and its streams, code, result
   assert.ok(await guest.isOff(), 'it powers off when it is told to')
 })
 
+test('what was made ready before a start is what the process finds, at the size it asks for', async (guest) => {
+  await guest.configure()
+  const result = '/.vulcan/result'
+  guest.send(machineKinds.warm, { directories: ['/bin', '/nowhere'], result, result_bytes: 1024 })
+  await guest.ping()
+  guest.put('/workspace/greeting', 'file', 'hello')
+  const script = 'ls -d /nowhere; cat greeting; head -c 200000 /dev/zero >$R; wc -c <$R'
+  const env = { PATH: '/bin', R: result }
+  await guest.start(shell(script, { cwd: '/workspace', env, result, result_bytes: 300_000 }))
+  guest.send(machineKinds.end, undefined, 0)
+  const found = await guest.finish()
+  assert.is(found.stdout, 'hello200000\n')
+  assert.is(found.result, '\0'.repeat(200_000))
+})
+
 test('output waits for credit, input for its reader, and what is left running ends with the first process', async (guest) => {
   await guest.configure()
   guest.generous = false
