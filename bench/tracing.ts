@@ -1,8 +1,8 @@
 /**
- * `npm run bench:tracing`: what tracing and metrics cost a warm function call: the platform with tracing off and with
- * every call sampled, beside the code of the last commit that had neither; three platforms at once, measured one after
- * the other in many short rounds, as the machine is never the same for long. `npm run bench:tracing -- 0.5 40`: seconds
- * a measurement, rounds.
+ * `npm run bench:tracing`: what tracing costs a warm function call: the platform with tracing off and with every call
+ * sampled, beside the same code with tracing cut out of a call’s way (`bench/untraced.patch`); three platforms at once,
+ * measured one after the other in many short rounds, as the machine is never the same for long.
+ * `npm run bench:tracing -- 0.5 40`: seconds a measurement, rounds.
  */
 import { execFileSync, spawn } from 'node:child_process'
 import { readdirSync, readFileSync, symlinkSync } from 'node:fs'
@@ -18,8 +18,7 @@ import { load } from './load.ts'
 import { medianOf, ms, perSecond, Taken } from './table.ts'
 
 const [seconds = 0.5, rounds = 40] = process.argv.slice(2).map(Number)
-/** The last commit before tracing and metrics. */
-const before = '19df3cd'
+const patch = join(import.meta.dirname, 'untraced.patch')
 const widths = [1, 64]
 /** Of each, before anything is measured: in the first seconds compilers take a tenth of the cores. */
 const warmUpSeconds = 12
@@ -36,12 +35,18 @@ const root = resolve(import.meta.dirname, '..')
 
 await using scope = new AsyncDisposableStack()
 
-/** The code as it was, with today’s packages. */
-async function codeOf(commit: string): Promise<string> {
-  const folder = await mkdtemp(join(tmpdir(), 'vulcan-before-'))
+/** This code without its tracing. Throws where the patch does not fit it. */
+async function untracedCode(): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'vulcan-untraced-'))
   scope.defer(() => rm(folder, { recursive: true, force: true }))
-  const archive = execFileSync('git', ['archive', commit], { cwd: root, maxBuffer: 1 << 30 })
+  const tracked = execFileSync('git', ['ls-files', '-z'], { cwd: root })
+  const archive = execFileSync('tar', ['-c', '--null', '--files-from=-'], {
+    cwd: root,
+    input: tracked,
+    maxBuffer: 1 << 30,
+  })
   execFileSync('tar', ['-x', '-C', folder], { input: archive })
+  execFileSync('git', ['apply', patch], { cwd: folder })
   symlinkSync(join(root, 'node_modules'), join(folder, 'node_modules'))
   return folder
 }
@@ -98,14 +103,14 @@ function watchCpu({ supervisor }: Started): () => number[] {
 }
 
 const receiver = await startReceiver()
-const folder = await codeOf(before)
-const past: { startTestPlatform: typeof startTestPlatform } = await import(
+const folder = await untracedCode()
+const untraced: { startTestPlatform: typeof startTestPlatform } = await import(
   pathToFileURL(join(folder, 'test/platform.ts')).href
 )
 /** No variable of the caller’s may turn on what is to be off. */
 for (const name of Object.keys(process.env)) if (name.startsWith('OTEL_')) delete process.env[name]
 const targets = {
-  before: scope.use(await past.startTestPlatform()),
+  without: scope.use(await untraced.startTestPlatform()),
   off: scope.use(await startTestPlatform()),
   sampled: scope.use(await startTestPlatform({ OTEL_EXPORTER_OTLP_ENDPOINT: receiver.url })),
 }
@@ -113,7 +118,7 @@ type Target = keyof typeof targets
 const names = Object.keys(targets) as Target[]
 
 console.log(
-  `${seconds} s a measurement, ${rounds} rounds, after ${warmUpSeconds} s of load each; before = ${before}; Node ${process.version}, ${process.platform}`,
+  `${seconds} s a measurement, ${rounds} rounds, after ${warmUpSeconds} s of load each; Node ${process.version}, ${process.platform}`,
 )
 for (const name of names) {
   const { url } = targets[name]
@@ -151,10 +156,10 @@ const fields = [
   ['rate', 'rate', perSecond],
 ] as const
 
-/** By how much more than before, in per cent: the median of the rounds, and its standard error. */
+/** By how much more than without, in per cent: the median of the rounds, and its standard error. */
 function more(field: 'cpu' | 'p50' | 'rate', name: Target, connections: number): string {
   const ours = taken.all(`${name} ${connections}`, field)
-  const theirs = taken.all(`before ${connections}`, field)
+  const theirs = taken.all(`without ${connections}`, field)
   const ratios = ours.map((value, i) => 100 * (value / theirs[i]! - 1)).toSorted((a, b) => a - b)
   const at = (share: number) => ratios[Math.round((ratios.length - 1) * share)]!
   // Of a median of values that are spread like a normal distribution, by the width of their middle half.
@@ -162,7 +167,7 @@ function more(field: 'cpu' | 'p50' | 'rate', name: Target, connections: number):
   return `${medianOf(ratios).toFixed(1)} % ± ${error.toFixed(1)}`
 }
 
-row('', ...names, 'off ÷ before', 'sampled ÷ before')
+row('', ...names, 'off ÷ without', 'sampled ÷ without')
 for (const connections of widths)
   for (const [field, word, format] of fields)
     row(
