@@ -2,7 +2,8 @@
  * `npm run bench:tracing`: what tracing costs a warm function call: the platform with tracing off and with every call
  * sampled, beside the same code with tracing cut out of a call’s way (`bench/untraced.patch`); three platforms at once,
  * measured one after the other in many short rounds, as the machine is never the same for long.
- * `npm run bench:tracing -- 0.5 40`: seconds a measurement, rounds.
+ * `npm run bench:tracing -- 0.5 40`: seconds a measurement, rounds. Where the patch no longer fits: `git apply -3` it in
+ * a worktree, mend it there, `git diff -U1 HEAD`.
  */
 import { execFileSync, spawn } from 'node:child_process'
 import { readdirSync, readFileSync, symlinkSync } from 'node:fs'
