@@ -2,7 +2,6 @@
  * Archives of workloads: tar, gzipped tar and zip, unpacked once each into directories that boxes see read-only.
  * What is in them is hostile: nothing is written outside, and nothing without a bound.
  */
-import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import {
   chmod,
@@ -23,7 +22,8 @@ import { pipeline } from 'node:stream/promises'
 import { createGunzip } from 'node:zlib'
 import { Parser, type ReadEntry } from 'tar'
 import { type Entry, open as openZip, type ZipFile } from 'yauzl'
-import type { ByteSource, Source } from '../runner.ts'
+import type { Source } from '../runner.ts'
+import { writeHashed } from './hashed-file.ts'
 import { unmeasured } from './phases.ts'
 import { staysInside } from './rootfs.ts'
 
@@ -120,7 +120,10 @@ export class Archives implements AsyncDisposable {
     const work = join(this.#dir, `${sha256}.unpacking`)
     await mkdir(this.#dir, { recursive: true })
     try {
-      await receive(await open(), packed, sha256, this.#limits.packedBytes)
+      const maxBytes = this.#limits.packedBytes
+      const tooLarge = () => new ArchiveError(`the archive has more than ${maxBytes} bytes`)
+      const got = await writeHashed(packed, await open(), { maxBytes, tooLarge })
+      if (got.sha256 !== sha256) throw new Error('what came of the archive is not what its digest says')
       await mkdir(work)
       await chmod(work, 0o755)
       const size = await unpack(packed, work, this.#limits)
@@ -180,22 +183,6 @@ export async function linkInto(from: string, to: string): Promise<void> {
     } else if (entry.isSymbolicLink()) await symlink(await readlink(source), target)
     else await link(source, target)
   }
-}
-
-async function receive(source: ByteSource, path: string, sha256: string, limit: number): Promise<void> {
-  const hash = createHash('sha256')
-  let size = 0
-  const counted = async function* () {
-    for await (const chunk of source) {
-      size += chunk.length
-      if (size > limit) throw new ArchiveError(`the archive has more than ${limit} bytes`)
-      hash.update(chunk)
-      yield chunk
-    }
-  }
-  // Not a write stream: one that fails at once may still make its file afterwards.
-  await writeFile(path, counted(), { flag: 'wx' })
-  if (hash.digest('hex') !== sha256) throw new Error('what came of the archive is not what its digest says')
 }
 
 const magics = {

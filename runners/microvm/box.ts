@@ -7,6 +7,7 @@ import { finished } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { writeJobDrive } from '../../rootfs/index.ts'
 import type { MachineNetwork, MountSpec } from '../../shared/machine.ts'
+import { inTime } from '../container/deadline.ts'
 import { atLeast, diskOfProcesses, since } from '../container/disk.ts'
 import {
   type Box,
@@ -444,17 +445,6 @@ export class MicrovmBox implements Box {
     if (error instanceof AgentFailed && error.fault === 'user')
       return new BoxError('user', error.message, { cause: error })
     return new BoxError('engine', `${this.name}: ${(error as Error).message}`, { cause: error })
-  }
-}
-
-async function inTime<T>(promise: Promise<T>, ms: number, what: string): Promise<T> {
-  const overdue = Promise.withResolvers<never>()
-  const timer = setTimeout(() => overdue.reject(new Error(`${what} took more than ${ms} ms`)), ms)
-  promise.catch(() => {})
-  try {
-    return await Promise.race([promise, overdue.promise])
-  } finally {
-    clearTimeout(timer)
   }
 }
 

@@ -5,6 +5,7 @@ import { basename } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { finished } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { inTime } from '../deadline.ts'
 import { type DiskMeter, since } from '../disk.ts'
 import { type Box, BoxError, type BoxLimits, type BoxUsage, type Bytes, type Exit } from '../engine.ts'
 import { type GvisorSpec, type Host, writeBundle } from './bundle.ts'
@@ -326,19 +327,6 @@ function settling(): PromiseWithResolvers<void> {
   const settler = Promise.withResolvers<void>()
   settler.promise.catch(() => {})
   return settler
-}
-
-async function inTime(promise: Promise<void>, ms: number, what: string): Promise<void> {
-  const late = new AbortController()
-  const overdue = sleep(ms, undefined, late).then(() => {
-    throw new Error(`${what} took more than ${ms} ms`)
-  })
-  overdue.catch(() => {})
-  try {
-    await Promise.race([promise, overdue])
-  } finally {
-    late.abort()
-  }
 }
 
 function engineError(name: string, error: unknown): BoxError {

@@ -3,16 +3,14 @@
  * numbered files in the jail; the names in it are only ever compared.
  */
 
-import { createHash } from 'node:crypto'
 import { renameSync } from 'node:fs'
-import { mkdir, rm, writeFile } from 'node:fs/promises'
+import { mkdir, rm } from 'node:fs/promises'
 import { join, posix } from 'node:path'
-import { Readable } from 'node:stream'
-import { pipeline } from 'node:stream/promises'
 import { z } from 'zod'
 import type { Digest } from '../../../shared/workload.ts'
 import type { ByteSource } from '../../runner.ts'
 import { ImageError } from '../engine.ts'
+import { writeHashed } from '../hashed-file.ts'
 import { readDocument } from './blobs.ts'
 import { findManifest } from './directory.ts'
 import { inJail } from './jail.ts'
@@ -137,22 +135,9 @@ function parseJson(bytes: Buffer): unknown {
 
 /** Writes the archive down and sees that it is the one that was named. */
 async function receive({ digest, open, maxBytes, signal }: ArchiveOptions, path: string, image: string) {
-  const hash = createHash('sha256')
-  let size = 0
-  const counted = async function* (chunks: AsyncIterable<Uint8Array>) {
-    for await (const chunk of chunks) {
-      hash.update(chunk)
-      size += chunk.length
-      if (size > maxBytes)
-        throw new ImageError(
-          'invalid_workload',
-          `${image} is larger than ${Math.floor(maxBytes / 2 ** 20)} MiB`,
-        )
-      yield chunk
-    }
-  }
-  const write = (chunks: AsyncIterable<Uint8Array>) => writeFile(path, chunks, { flag: 'wx', mode: 0o600 })
-  await pipeline(Readable.from(await open()), counted, write, { signal })
-  const got: Digest = `sha256:${hash.digest('hex')}`
+  const tooLarge = () =>
+    new ImageError('invalid_workload', `${image} is larger than ${Math.floor(maxBytes / 2 ** 20)} MiB`)
+  const { sha256 } = await writeHashed(path, await open(), { mode: 0o600, signal, maxBytes, tooLarge })
+  const got: Digest = `sha256:${sha256}`
   if (got !== digest) throw new ImageError('backend_unavailable', `${image} came as other bytes: ${got}`)
 }

@@ -2,12 +2,10 @@
 import { spawn } from 'node:child_process'
 import { createHash, randomUUID } from 'node:crypto'
 import { once } from 'node:events'
-import { createWriteStream } from 'node:fs'
 import { link, mkdir, readFile, rename, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { Transform } from 'node:stream'
-import { pipeline } from 'node:stream/promises'
 import type { Digest } from '../../../shared/workload.ts'
+import { writeHashed } from '../hashed-file.ts'
 
 /** Of every file in a layer, and of the image: 2000-01-01, in seconds. */
 const someTime = 946_684_800
@@ -52,19 +50,10 @@ export async function addLayer(layout: string, root: string): Promise<Blob> {
     said = (said + text).slice(-2_000)
   })
   const ended = once(tar, 'close')
-  const hash = createHash('sha256')
-  let size = 0
-  const meter = new Transform({
-    transform(chunk: Uint8Array, _, done) {
-      hash.update(chunk)
-      size += chunk.length
-      done(null, chunk)
-    },
-  })
-  await Promise.all([pipeline(tar.stdout, meter, createWriteStream(beside)), ended])
+  const [{ sha256, size }] = await Promise.all([writeHashed(beside, tar.stdout), ended])
   const [code] = await ended
   if (code !== 0) throw new Error(`tar of ${root} failed: ${said.trim()}`)
-  const digest: Digest = `sha256:${hash.digest('hex')}`
+  const digest: Digest = `sha256:${sha256}`
   await rename(beside, blobFile(layout, { digest }))
   return { digest, size }
 }
