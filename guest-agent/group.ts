@@ -31,8 +31,11 @@ export function enterAgentGroup(): void {
 /** The directory of the workload’s group. */
 export const jobGroup = job
 
+let maxBytes = 0
+
 export function limitJob({ memory_mb, pids }: GroupLimits): void {
-  writeText(`${job}/memory.max`, String(memory_mb * mebibyte))
+  maxBytes = memory_mb * mebibyte
+  writeText(`${job}/memory.max`, String(maxBytes))
   writeText(`${job}/memory.oom.group`, '1')
   writeText(`${job}/pids.max`, String(pids))
 }
@@ -64,6 +67,8 @@ export function jobUsage(): MachineUsage {
 
 /** Pages that the workload has read again after the kernel had taken them, where nearly all it may have is spent. */
 let rereadBefore: number | undefined
+/** Of the limit: below it the kernel has not had to take anything. */
+const fullShare = 0.9
 /** Of the limit: what the kernel could still take, at which memory counts as spent. */
 const spentShare = 0.1
 /** Pages read again between two looks that are more than a workload needs which still gets anywhere. */
@@ -74,13 +79,17 @@ const rereadPages = 200
  * without memory of its own left: the kernel finds something to take for ever, and calls nothing out of memory.
  */
 export function isThrashing(): boolean {
-  const max = Number(read('memory.max')) || 0
+  // This is asked for ever again of machines that stand idle, and the rest is long.
+  if (Number(read('memory.current')) < maxBytes * fullShare) {
+    rereadBefore = undefined
+    return false
+  }
   const stat = lines('memory.stat')
   const takeable = (stat.get('inactive_file') ?? 0) + (stat.get('active_file') ?? 0)
   const reread = stat.get('workingset_refault_file') ?? stat.get('workingset_refault') ?? 0
   const since = reread - (rereadBefore ?? reread)
   rereadBefore = reread
-  return max > 0 && takeable < max * spentShare && since > rereadPages
+  return takeable < maxBytes * spentShare && since > rereadPages
 }
 
 /** A line `name number` of one of the group’s files; 0 where there is none. */

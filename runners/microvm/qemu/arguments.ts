@@ -51,9 +51,10 @@ export type TemplateMemory = 'file' | 'stream'
 
 /**
  * Virtual core of an emulated machine: x86-64-v2, which programs of today ask for, and no more, since what is wider is
- * slow to emulate. With the host’s random generator, so that each kernel reseeds itself with what no other has.
+ * slow to emulate. With the host’s random generator, so that each kernel reseeds itself with what no other has; and a
+ * timer that says it runs always (ARAT), without which Linux ticks on while it is idle and knows no time between ticks.
  */
-const emulatedCpu = 'Nehalem,+rdrand,+rdseed,vme=off'
+const emulatedCpu = 'Nehalem,+rdrand,+rdseed,+arat,vme=off'
 
 /**
  * Translated code that is kept, MiB. QEMU’s own default is a GiB. Part of `overheadMb`.
@@ -88,7 +89,10 @@ export function qemuArguments(line: QemuLine): string[] {
     ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
     ...['-name', line.name],
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
-    ...['-M', 'microvm,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem,dump-guest-core=off,mem-merge=off'],
+    ...[
+      '-M',
+      'microvm,acpi=on,ioapic2=off,pit=on,pic=on,rtc=on,memory-backend=mem,dump-guest-core=off,mem-merge=off',
+    ],
     ...accelerate(line.accelerator),
     ...['-cpu', line.accelerator === 'kvm' ? 'host' : emulatedCpu],
     ...['-m', `${shape.memoryMb}`, '-smp', `${shape.vcpus}`],
@@ -128,11 +132,13 @@ function memory({ shape, start, version }: QemuLine): string {
 
 /**
  * A kernel that panics or reboots ends QEMU. Emulated time is too rough for the kernel’s measurement of its time stamp
- * counter, which then fails and leaves a machine without a clock: so it is told what the counter runs at.
+ * counter, which then fails and leaves a machine without a clock: so it is told what the counter runs at. Nor does it
+ * look whether the counter keeps time: there is but a rougher clock to compare it with, and a machine that was restored
+ * would find it wanting.
  */
 function kernel(accelerator: Accelerator, tscKhz: number | undefined): string[] {
   const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=t', 'random.trust_cpu=on']
-  if (accelerator === 'emulation') words.push('no_timer_check', 'mitigations=off')
+  if (accelerator === 'emulation') words.push('no_timer_check', 'mitigations=off', 'tsc=reliable')
   if (accelerator === 'emulation' && tscKhz !== undefined) words.push(`tsc_early_khz=${tscKhz}`)
   return [
     ...[

@@ -41,7 +41,7 @@ test('a restored machine is the same but for its memory and where it begins', ()
       '-initrd',
       '/proc/self/fd/11',
       '-append',
-      'console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on no_timer_check mitigations=off tsc_early_khz=2000000',
+      'console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on no_timer_check mitigations=off tsc=reliable tsc_early_khz=2000000',
     ],
   )
   assert.equal(
@@ -95,14 +95,16 @@ test('bandwidth is one for both drives', () => {
 
 test('the way to QEMU drops what the runner has', () => {
   const identity = { uid: 2 ** 31, gid: 2 ** 31, groups: [] }
-  const args = launchArgs({ command: ['/q', '-x'], netns: '/proc/1/fd/9', identity })
+  const args = launchArgs({ command: ['/q', '-x'], netns: '/proc/1/fd/9', identity, isSmall: false })
   assert.equal(args.slice(3), [
     ...['nsenter', '--net=/proc/1/fd/9', '--'],
     ...['setpriv', '--pdeathsig', 'KILL', '--no-new-privs', '--reuid', '2147483648', '--regid', '2147483648'],
     ...['--clear-groups', '--inh-caps=-all', '--bounding-set=-all', '--', '/q', '-x'],
   ])
-  const plain = launchArgs({ command: ['/q'], netns: undefined, identity: undefined })
+  const plain = launchArgs({ command: ['/q'], netns: undefined, identity: undefined, isSmall: false })
   assert.equal(plain.slice(3), ['setpriv', '--pdeathsig', 'KILL', '--no-new-privs', '--', '/q'])
+  const small = launchArgs({ command: ['/q'], netns: undefined, identity: undefined, isSmall: true })
+  assert.equal(small.slice(-plain.length + 3), plain.slice(3), 'the rest of the way is the same')
 })
 
 test('each machine has a user that no other has, until it is given back', () => {
