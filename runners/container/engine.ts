@@ -95,6 +95,8 @@ export interface BoxSpec {
   phases?: Phases
   /** Of boxes that all begin alike, with nothing of a job in them: for engines that can begin where one was left. */
   template?: BoxTemplate
+  /** Nobody waits for it, and it may stand for long: little memory is worth more than an early start. */
+  ahead?: boolean
 }
 
 /**

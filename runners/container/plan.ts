@@ -1,5 +1,6 @@
 /** What a job means for a container: which image, and what is run in it. Decides; does nothing. */
 import { createHash } from 'node:crypto'
+import { parse } from 'es-module-lexer/minimal/js'
 import type { Limits, Runtime } from '../../shared/workload.ts'
 import type { Job, Program } from '../runner.ts'
 import type { BoxLimits, BoxSpec, ImageConfig, ImageSource, User } from './engine.ts'
@@ -58,7 +59,7 @@ export function routeOf({ runtime, source, entrypoint }: Program): Route {
   }
   const entry =
     source.kind === 'code' && entrypoint !== undefined
-      ? codeFile({ runtime, entrypoint })
+      ? codeFile({ runtime, entrypoint, source })
       : (entrypoint ?? null)
   if (runtime === 'go') return { kind: 'go', entry }
   if (language === undefined)
@@ -78,9 +79,28 @@ const fileNames: Record<Runtime, string> = {
 }
 
 /** The name under which a source of code lies in the working directory. */
-export function codeFile({ runtime, entrypoint }: Pick<Program, 'runtime' | 'entrypoint'>): string {
+export function codeFile(program: Pick<Program, 'runtime' | 'entrypoint' | 'source'>): string {
+  const { runtime, entrypoint, source } = program
   const plain = typeof entrypoint === 'string' && /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$/.test(entrypoint)
-  return plain ? entrypoint : fileNames[runtime]
+  if (plain) return entrypoint
+  const name = fileNames[runtime]
+  const isNamedByNobody = entrypoint === undefined && name === 'index.js' && source.kind === 'code'
+  return isNamedByNobody && isModule(source.text) ? 'index.mjs' : name
+}
+
+/**
+ * Whether it is an ES module for sure. Node finds that out as well, but by compiling it as a CommonJS module first: that
+ * is a tenth of a first run in an emulated machine.
+ */
+function isModule(text: string): boolean {
+  try {
+    const [imports, exports] = parse(text)
+    // Of an import that is not dynamic `d` is negative.
+    return exports.length > 0 || imports.some(({ d }) => d < 0)
+  } catch {
+    // Node says where it is wrong.
+    return false
+  }
 }
 
 export const mebibyte = 1_048_576

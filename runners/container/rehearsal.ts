@@ -149,13 +149,16 @@ def handler(input, ctx):
 
 /** Of what a rehearsed box has in memory, apart from the shim’s own text. */
 export const rehearsalKey = (language: 'node' | 'python'): string =>
-  createHash('sha256').update(JSON.stringify(programs[language])).digest('hex').slice(0, 16)
+  createHash('sha256')
+    .update(JSON.stringify([programs[language], rehearsalPlaces]))
+    .digest('hex')
+    .slice(0, 16)
 
-/** What most handlers are made of, and a look into the place where a job’s files will be. */
+/** What most handlers are made of, under the name that code gets, and a look into the place of a job’s files. */
 const again: Record<'node' | 'python', Program & { input: string }> = {
   node: {
     files: {
-      'index.js': `// Sums.
+      'index.mjs': `// Sums.
 export default async ({ n, list, text }, ctx) => {
   const total = list.reduce((sum, each) => sum + each * n + 1, 0) * 2
   return { total, text: \`\${text}\${ctx.id}\`, found: existsSync('${inBox.workspace}/none') }
@@ -182,6 +185,10 @@ def handler(input, ctx):
 
 /** Of `rehearseAgain`: modules are kept by their names, so each has its own. */
 const rounds = ['1', '2']
+const placeOf = (round: string) => `${inBox.rehearsal}/${round}`
+
+/** Directories that `rehearseAgain` lays files into, as a job’s lie in one that was there before. */
+export const rehearsalPlaces: readonly string[] = rounds.map(placeOf)
 
 /** The first real run brings its own, drawn then. */
 const seedOfNothing = '00'.repeat(32)
@@ -222,10 +229,11 @@ export async function rehearseAgain(
   directory: string,
 ): Promise<void> {
   await inTime(box, async () => {
-    await box.provide?.(directory, inBox.rehearsal)
     const { entry, input } = again[language]
-    for (const round of rounds)
-      await perform(shim, { files: {}, entry, input }, `${inBox.rehearsal}/${round}`, seedOfNothing)
+    for (const round of rounds) {
+      await box.provide?.(join(directory, round), placeOf(round))
+      await perform(shim, { files: {}, entry, input }, placeOf(round), seedOfNothing)
+    }
   })
 }
 

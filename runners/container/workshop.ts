@@ -41,7 +41,7 @@ import {
   workingDirectory,
 } from './plan.ts'
 import { inBox, memorySpent } from './protocol.ts'
-import { rehearsalKey, rehearse, rehearseAgain, writeRehearsal } from './rehearsal.ts'
+import { rehearsalKey, rehearsalPlaces, rehearse, rehearseAgain, writeRehearsal } from './rehearsal.ts'
 import { readInRoot } from './rootfs.ts'
 import { Sandbox } from './sandbox.ts'
 import { makeShims } from './shims/bundle.ts'
@@ -310,7 +310,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
     const files = await this.source(job, held, phases)
     if (isReady) {
       const network = await this.network(job, signal, held, phases)
-      const sandbox = await this.#ready(held, language, job.limits, image, network, phases)
+      const sandbox = await this.#ready(held, language, job.limits, image, { network, phases, ahead })
       if (ahead) await this.#limber(sandbox, language)
       const provide = () => sandbox.box.provide!(files!, inBox.workspace)
       await orClosed(sandbox, () => phases.measure('mount files', provide))
@@ -341,7 +341,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
   async #blank(language: 'node' | 'python', limits: Program['limits'], signal: AbortSignal) {
     await using held = new AsyncDisposableStack()
     const image = held.use(await this.image(language, signal))
-    const sandbox = await this.#ready(held, language, limits, image, undefined, unmeasured)
+    const sandbox = await this.#ready(held, language, limits, image, { ahead: true })
     await this.#limber(sandbox, language)
     return sandbox
   }
@@ -359,8 +359,7 @@ export class Workshop implements AsyncDisposable, BuildTools {
     language: 'node' | 'python',
     limits: Program['limits'],
     image: Image,
-    network: Network | undefined,
-    phases: Phases,
+    { network, phases = unmeasured, ahead = false }: Making & { network?: Network | undefined },
   ): Promise<Sandbox> {
     const user = await this.user(image, image.config.user, phases)
     const spec: BoxSpec = {
@@ -373,10 +372,12 @@ export class Workshop implements AsyncDisposable, BuildTools {
       limits: boxLimits(limits, 'handler'),
       network,
       phases,
+      ahead,
     }
     let workspace: string | undefined
     if (this.engine.resumes === true) {
-      spec.mounts.push({ source: this.#nothing, target: inBox.workspace, readonly: true })
+      for (const target of [inBox.workspace, ...rehearsalPlaces])
+        spec.mounts.push({ source: this.#nothing, target, readonly: true })
       const key = `${language} ${this.#shims[language].sha256} ${rehearsalKey(language)}`
       spec.template = { key, exercise: (box) => rehearse(box, language) }
     } else {

@@ -30,6 +30,8 @@ export interface MachineOptions {
   cpu?: number
   /** Bandwidth of the job’s disk, bytes per second; undefined: no limit. */
   diskBytesPerSecond?: number
+  /** Nobody waits for it, and it may stand for long: little memory is worth more than an early start. */
+  ahead?: boolean
 }
 
 /** Length of the file behind every job drive: sparse. A snapshot’s device must not change its size. */

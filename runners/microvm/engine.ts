@@ -2,6 +2,7 @@
 import { mkdir, open, rm, stat } from 'node:fs/promises'
 import { availableParallelism, cpus } from 'node:os'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { driveOf } from '../../rootfs/index.ts'
 import type { LimitReport } from '../../shared/backends.ts'
 import type { MachineNetwork } from '../../shared/machine.ts'
@@ -15,6 +16,12 @@ import { machineMemoryMb, machineVcpus } from './classes.ts'
 import { type Driver, jobDriveBytes, type MachineShape } from './driver.ts'
 import { Medians } from './medians.ts'
 import { type Left, Templates } from './templates.ts'
+
+/**
+ * A process that was exercised goes on for a moment: it clears up, and so does its kernel. Whatever it had left to do
+ * at the snapshot, each machine restored from that would do; ms.
+ */
+const clearUpMs = 1_000
 
 export interface MicrovmEngineOptions {
   /** The engine’s from here on. */
@@ -166,7 +173,10 @@ export class MicrovmEngine implements Engine {
     const bare = { ...rest, network: undefined, ...(template === undefined ? { mounts: [] } : {}) }
     const box = await this.#begin(bare, shape, undefined, true)
     try {
-      await template?.exercise(box)
+      if (template !== undefined) {
+        await template.exercise(box)
+        await sleep(clearUpMs)
+      }
       return await box.snapshot(dir)
     } finally {
       await box.remove()
@@ -205,7 +215,7 @@ export class MicrovmEngine implements Engine {
         await file.truncate(jobDriveBytes)
       }
       const options = {
-        ...{ dir, jobDrive, netns: spec.network?.path },
+        ...{ dir, jobDrive, netns: spec.network?.path, ahead: spec.ahead === true },
         // Making a template is our doing, and not held to the share that the user’s code has.
         ...(isTemplate ? {} : { cpu: spec.limits.cpu }),
       }

@@ -96,7 +96,8 @@ export async function startQemu(
     stdio[descriptors.root] = open(shape.root)
     stdio[descriptors.job] = open(options.jobDrive)
     for (const [fd, file] of files) stdio[fd] = file
-    const child = spawn(launcher, launchArgs({ command, netns: netns ?? host.nowhere?.path, identity }), {
+    const launch = { command, netns: netns ?? host.nowhere?.path, identity, isSmall: options.ahead === true }
+    const child = spawn(launcher, launchArgs(launch), {
       // Its own session: a terminal’s Ctrl-C is for the runner.
       ...{ detached: true, cwd: '/', env: programsEnv },
       stdio: Array.from(stdio, (entry) => entry ?? 'ignore'),

@@ -21,6 +21,7 @@ import {
 } from '../../../runners/container/plan.ts'
 import { readInRoot, resolveInRoot, staysInside } from '../../../runners/container/rootfs.ts'
 import type { Program, Source } from '../../../runners/runner.ts'
+import type { Runtime } from '../../../shared/workload.ts'
 import { code, job } from './jobs.ts'
 
 const image: Source = { kind: 'image', reference: 'registry.test/app:1' }
@@ -144,10 +145,24 @@ test('boxes are used again for the same code, limits, environment and user only'
 })
 
 test('the file of a source of code', () => {
-  assert.is(codeFile({ runtime: 'typescript', entrypoint: undefined }), 'index.ts')
-  assert.is(codeFile({ runtime: 'python', entrypoint: 'job.py' }), 'job.py')
-  assert.is(codeFile({ runtime: 'python', entrypoint: '../x.py' }), 'main.py')
-  assert.is(codeFile({ runtime: 'python', entrypoint: ['python3', 'main.py'] }), 'main.py')
+  const name = (runtime: Runtime, entrypoint?: string | string[], text = 'export default 1') =>
+    codeFile({ runtime, entrypoint, source: code(text) })
+  assert.is(name('typescript'), 'index.ts')
+  assert.is(name('python', 'job.py'), 'job.py')
+  assert.is(name('python', '../x.py'), 'main.py')
+  assert.is(name('python', ['python3', 'main.py']), 'main.py')
+  for (const module of ['export default 1', 'import "node:fs"', 'import.meta.url', 'export { a } from "b"'])
+    for (const runtime of ['node', 'javascript'] as const)
+      assert.is(name(runtime, undefined, module), 'index.mjs', module)
+  const others = [
+    'module.exports = () => import("node:fs")',
+    '`\nexport default 1\n`; exports.a = 1',
+    '/*\nexport default 1 */ exports.a = 1',
+    'export default () => {',
+  ]
+  for (const other of others) assert.is(name('node', undefined, other), 'index.js', other)
+  assert.is(name('node', ['node', 'index.js']), 'index.js')
+  assert.is(name('node', 'job.js'), 'job.js')
 })
 
 test('links in an image’s root are followed within it', async () => {

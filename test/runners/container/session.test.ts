@@ -60,7 +60,7 @@ localTest('boxes made before anybody needs them hold nothing of others', async (
   assert.is((await run(runner, poison, { env: { A: '1' } })).outcome.start, 'pooled')
   await sleep(500)
   const { outcome } = await run(runner, look)
-  assert.equal(outcome.status === 'completed' && JSON.parse(outcome.output), [['index.js'], [], 'undefined'])
+  assert.equal(outcome.status === 'completed' && JSON.parse(outcome.output), [['index.mjs'], [], 'undefined'])
   const files = archive(
     tgzOf({
       'main.py': 'import sub.mod\ndef handler(i, c):\n    return sub.mod.name',

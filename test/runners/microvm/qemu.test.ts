@@ -44,6 +44,32 @@ machineTest('restored machines begin alike and have memory of their own', async 
   assert.equal((await readdir(template.dir)).sort(), ['memory', 'state', 'template.json'])
 })
 
+machineTest('a machine that is idle does not tick', async (it) => {
+  await using guest = await it.restore(await it.template(it.shape))
+  const source = '/sys/devices/system/clocksource/clocksource0'
+  assert.match((await guest.run(`cat ${source}/current_clocksource`)).said, /^tsc/)
+  const ticks = async () => {
+    const { said } = await guest.run('cat /proc/interrupts')
+    return Number(/LOC: +(\d+)/.exec(said)![1])
+  }
+  // The first moments of a kernel are not idle.
+  await guest.run('sleep 1')
+  const before = await ticks()
+  await guest.run('sleep 3')
+  // A kernel that ticks does so 300 times at least.
+  assert.ok((await ticks()) - before < 150, `${(await ticks()) - before} interrupts`)
+})
+
+machineTest('a machine that is made ahead of its need has no huge pages', async (it) => {
+  const template = await it.template(it.shape)
+  await using soon = await it.restore(template)
+  await using ahead = await it.restore(template, { ahead: true })
+  const hugePages = ({ machine }: typeof soon) =>
+    /^THP_enabled:\s+(\d)/m.exec(readFileSync(`/proc/${machine.pid}/status`, 'latin1'))?.[1]
+  assert.equal([hugePages(soon), hugePages(ahead)], ['1', '0'])
+  assert.is((await ahead.run('echo up')).said, 'up\n')
+})
+
 machineTest('what the host writes to a job drive after the restore is what the guest reads', async (it) => {
   const template = await it.template(it.shape)
   const options = await it.place()
