@@ -360,7 +360,7 @@ async function load(header: RunHeader): Promise<void> {
     if (code === 'ERR_INVALID_TYPESCRIPT_SYNTAX' || code === 'ERR_UNSUPPORTED_TYPESCRIPT_SYNTAX')
       throw new InvalidCode(`SyntaxError: ${(error as Error).message}`)
     if (code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND')
-      throw new InvalidCode((error as Error).message)
+      throw new InvalidCode(`${(error as Error).message}${wayToPackages(error as Error, header.root)}`)
     throw error
   }
   const exported = module.default as { default?: unknown; __esModule?: unknown } | undefined
@@ -372,6 +372,13 @@ async function load(header: RunHeader): Promise<void> {
     throw new InvalidCode(`the default export is not a function but ${shown}; write: ${wanted}`)
   }
   handler = inner
+}
+
+/** For a package that nobody has installed: how it comes here. */
+function wayToPackages({ message }: Error, root: string): string {
+  const name = /^Cannot find (?:package|module) '([^'./][^']*)'/.exec(message)?.[1]
+  if (name === undefined || existsSync(join(root, 'node_modules'))) return ''
+  return `\n${name} is a package: deploy the code as a function with it in package.json, or bring it in node_modules`
 }
 
 /** Where Node finds the code of a file wrong; it tells nobody but whoever reads what it prints. */

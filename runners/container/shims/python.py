@@ -368,6 +368,14 @@ def entry_of(header):
     raise InvalidCode("no entry file was found: name one as entrypoint, or call it main.py")
 
 
+def way_to_packages(error, root):
+    """For a package that nobody has installed: how it comes here."""
+    if error.name is None or os.path.isdir(os.path.join(root, "vendor")):
+        return ""
+    name = error.name.partition(".")[0]
+    return f"\n{name} is not here: deploy the code as a function with it in requirements.txt, or bring it in the folder vendor"
+
+
 def load(header):
     path = entry_of(header)
     # Requirements are installed at deploy into `vendor`.
@@ -389,7 +397,7 @@ def load(header):
             raise InvalidCode(f"{type(error).__name__}: {error.msg} ({place})") from None
         raise
     except ModuleNotFoundError as error:
-        raise InvalidCode(str(error)) from None
+        raise InvalidCode(f"{error}{way_to_packages(error, header['root'])}") from None
     handler = getattr(module, "handler", None)
     if handler is None:
         raise InvalidCode(f"the code has no handler; write: {WANTED}")

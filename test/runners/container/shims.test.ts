@@ -174,7 +174,7 @@ localTest('what is thrown: message, stack of the user’s own lines', async () =
     'user_error',
   )
   assert.is(node.error.message, 'TypeError: bad')
-  assert.match(node.error.stack!, /at deep \(file:\/\/\/workspace\/index\.js:1:/)
+  assert.match(node.error.stack!, /at deep \(file:\/\/\/workspace\/index\.mjs:1:/)
   assert.not.match(node.error.stack!, /shim/)
   const thrown = await failure(runner, 'export default () => { throw "text" }', 'user_error')
   assert.equal(thrown.error, { message: 'text', stack: null })
@@ -191,13 +191,16 @@ localTest('code that cannot be run says where', async () => {
   const { error } = await failure(runner, 'x = 1\ndef handler(:\n', 'invalid_workload', python)
   assert.match(error.message, /SyntaxError.*main\.py:2/)
   for (const [text, message] of [
-    ['import "nope"\nexport default () => 1', /nope/],
+    ['import "nope"\nexport default () => 1', /'nope'.*\nnope is a package: deploy/],
+    ['require("@no/pe/x"); module.exports = () => 1', /'@no\/pe\/x'.*\n(?:.*\n)*@no\/pe\/x is a package: deploy/],
+    ['import "./nope.js"\nexport default () => 1', /nope\.js'[^\n]*$/],
     ['export const a = 1', /no default export/],
     ['export default 5', /not a function but a number/],
   ] as const)
     assert.match((await failure(runner, text, 'invalid_workload')).error.message, message)
   assert.match((await failure(runner, 'x = 1', 'invalid_workload', python)).error.message, /no handler/)
-  assert.match((await failure(runner, 'import nope', 'invalid_workload', python)).error.message, /nope/)
+  const missing = await failure(runner, 'import nope.inner', 'invalid_workload', python)
+  assert.match(missing.error.message, /'nope'\nnope is not here: deploy.*requirements\.txt/)
   // An error of its own while it loads is its own.
   await failure(runner, 'JSON.parse("{")\nexport default () => 1', 'user_error')
   await failure(runner, 'raise ValueError("x")', 'user_error', python)
