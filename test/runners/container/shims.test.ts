@@ -192,7 +192,10 @@ localTest('code that cannot be run says where', async () => {
   assert.match(error.message, /SyntaxError.*main\.py:2/)
   for (const [text, message] of [
     ['import "nope"\nexport default () => 1', /'nope'.*\nnope is a package: deploy/],
-    ['require("@no/pe/x"); module.exports = () => 1', /'@no\/pe\/x'.*\n(?:.*\n)*@no\/pe\/x is a package: deploy/],
+    [
+      'require("@no/pe/x"); module.exports = () => 1',
+      /'@no\/pe\/x'.*\n(?:.*\n)*@no\/pe\/x is a package: deploy/,
+    ],
     ['import "./nope.js"\nexport default () => 1', /nope\.js'[^\n]*$/],
     ['export const a = 1', /no default export/],
     ['export default 5', /not a function but a number/],
