@@ -25,6 +25,7 @@ import {
   userNetwork,
 } from './arguments.ts'
 import { kvmDevice, probeKvm } from './kvm.ts'
+import { inSmallPages } from './launch.ts'
 import { QemuMachine } from './machine.ts'
 import { type Processor, readProcessor } from './processor.ts'
 import type { Host } from './start.ts'
@@ -68,6 +69,7 @@ export async function createQemu(options: QemuOptions): Promise<Driver> {
     model: modelOf({ version, accelerator }, processor),
     users: new Users(accelerator === 'kvm' ? groupsOf(kvmDevice) : []),
     tscKhz: processor.tscKhz,
+    inSmallPages: inSmallPages(),
   })
   const { accelerator, why } = await chooseAccelerator(options, hostFor, holding)
   const driver = new Qemu(hostFor(accelerator), why)

@@ -41,6 +41,8 @@ export interface Host {
   nowhere: Namespace | undefined
   /** What the host’s time stamp counter runs at, where it is known. */
   tscKhz: number | undefined
+  /** Of launch.ts. */
+  inSmallPages: readonly string[]
 }
 
 export type Beginning = { kind: 'boot' } | { kind: 'restore'; memory: TemplateMemory; template: string }
@@ -96,7 +98,8 @@ export async function startQemu(
     stdio[descriptors.root] = open(shape.root)
     stdio[descriptors.job] = open(options.jobDrive)
     for (const [fd, file] of files) stdio[fd] = file
-    const launch = { command, netns: netns ?? host.nowhere?.path, identity, isSmall: options.ahead === true }
+    const prefix = options.ahead === true ? host.inSmallPages : []
+    const launch = { command, netns: netns ?? host.nowhere?.path, identity, prefix }
     const child = spawn(launcher, launchArgs(launch), {
       // Its own session: a terminal’s Ctrl-C is for the runner.
       ...{ detached: true, cwd: '/', env: programsEnv },

@@ -95,16 +95,21 @@ test('bandwidth is one for both drives', () => {
 
 test('the way to QEMU drops what the runner has', () => {
   const identity = { uid: 2 ** 31, gid: 2 ** 31, groups: [] }
-  const args = launchArgs({ command: ['/q', '-x'], netns: '/proc/1/fd/9', identity, isSmall: false })
+  const args = launchArgs({ command: ['/q', '-x'], netns: '/proc/1/fd/9', identity, prefix: [] })
   assert.equal(args.slice(3), [
     ...['nsenter', '--net=/proc/1/fd/9', '--'],
     ...['setpriv', '--pdeathsig', 'KILL', '--no-new-privs', '--reuid', '2147483648', '--regid', '2147483648'],
     ...['--clear-groups', '--inh-caps=-all', '--bounding-set=-all', '--', '/q', '-x'],
   ])
-  const plain = launchArgs({ command: ['/q'], netns: undefined, identity: undefined, isSmall: false })
+  const plain = launchArgs({ command: ['/q'], netns: undefined, identity: undefined, prefix: [] })
   assert.equal(plain.slice(3), ['setpriv', '--pdeathsig', 'KILL', '--no-new-privs', '--', '/q'])
-  const small = launchArgs({ command: ['/q'], netns: undefined, identity: undefined, isSmall: true })
-  assert.equal(small.slice(-plain.length + 3), plain.slice(3), 'the rest of the way is the same')
+  const small = launchArgs({
+    command: ['/q'],
+    netns: undefined,
+    identity: undefined,
+    prefix: ['first', '--'],
+  })
+  assert.equal(small.slice(3), ['first', '--', ...plain.slice(3)])
 })
 
 test('each machine has a user that no other has, until it is given back', () => {
