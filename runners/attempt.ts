@@ -30,7 +30,7 @@ import { Answer } from './answer.ts'
 import { type Assignment, type JobContext, toJob } from './job.ts'
 import { Logbook, type LogLimits } from './logbook.ts'
 import type { RunnerMetrics } from './metrics.ts'
-import type { Outcome, Source } from './runner.ts'
+import type { Outcome, Source, Stopped } from './runner.ts'
 import { Refusal } from './source.ts'
 import { AttemptSpans, beginPublish } from './spans.ts'
 import type { Stacks } from './stacks.ts'
@@ -471,12 +471,7 @@ function judge(
         error: { message, stack: null },
         exitCode: null,
       })
-      if (reason === 'timeout')
-        return stopped(
-          'failed',
-          'timeout',
-          `the workload ran longer than its limit of ${spec.limits.timeout_s} s`,
-        )
+      if (reason === 'timeout') return stopped('failed', 'timeout', overtime(outcome, spec))
       if (reason === 'killed') return stopped('killed', 'killed', stopMessages.killed)
       return stopped('failed', 'runner_lost', stopMessages[reason ?? 'shutdown'])
     }
@@ -484,6 +479,12 @@ function judge(
       throw new Error(`unhandled ${outcome satisfies never}`)
   }
 }
+
+/** What was made for a first run (an image, a snapshot, a build) is there for the next. */
+const overtime = ({ before }: Stopped, { limits }: WorkloadSpec): string =>
+  before === undefined
+    ? `the workload ran longer than its limit of ${limits.timeout_s} s`
+    : `its limit of ${limits.timeout_s} s was over before its code began (${before}): try again, as a later start takes less, or raise limits.timeout_s`
 
 interface Completion {
   /** Output and response, as far as there are, stored within so many ms. */

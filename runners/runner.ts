@@ -126,6 +126,8 @@ export interface Failed extends Ran {
 /** The signal given to `run` was aborted and the user’s code is really dead. Who aborted knows why. */
 export interface Stopped extends Ran {
   status: 'stopped'
+  /** What its start was busy with, such as `pull image`, where the code had not begun. */
+  before?: string
 }
 export type Outcome = Completed | Failed | Stopped
 

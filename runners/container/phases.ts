@@ -88,6 +88,11 @@ export class Phases {
     this.#early = []
   }
 
+  /** What the start is busy with: the last part that has begun and goes on. */
+  get underWay(): PhaseName | undefined {
+    return [...this.#open.values()].at(-1)?.name
+  }
+
   /** The run is over: what is under way ends now for its trace, and says so. */
   close(): void {
     const end = preciseNow()

@@ -90,8 +90,9 @@ export class Attempt implements Prepared {
       return failure(error)
     }
     if (seat === 'stopped') {
+      const before = this.#phases.underWay ?? 'no sandbox yet'
       this.#leave()
-      return stopped
+      return { ...stopped, before }
     }
     try {
       return await this.#run(seat, signal, events)
@@ -323,7 +324,7 @@ export class Attempt implements Prepared {
       if (ready === 'stopped') {
         await sandbox.kill()
         this.#close(sandbox)
-        return { status: 'stopped', ...nothingRan }
+        return { status: 'stopped', ...nothingRan, before: 'start handler' }
       }
     }
     this.#phases.started(start)

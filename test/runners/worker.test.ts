@@ -252,8 +252,23 @@ test('an attempt over its time is stopped and ends as failed, timeout', async ()
   const end = await untilEnd(on.bus, id)
   assert.is(end.type, 'vulcan.workload.failed')
   assert.is(end.data.cause, 'timeout')
-  assert.match(end.data.error!.message, '0.3 s')
+  assert.is(end.data.error!.message, 'the workload ran longer than its limit of 0.3 s')
   assert.ok(end.data.duration_ms! >= 290)
+})
+
+test('an attempt whose start takes its time ends as timeout too, and says what it waited for', async () => {
+  await using on = await ground()
+  await using _ = await startWorker(on, async (_job, signal) => ({
+    ...(await untilStopped(signal)),
+    ...{ status: 'stopped', before: 'pull image' },
+  }))
+  const { id } = await submit(on.bus, { limits: { timeout_s: 0.2 } })
+  const { data } = await untilEnd(on.bus, id)
+  assert.is(data.cause, 'timeout')
+  assert.match(
+    data.error!.message,
+    /0\.2 s was over before its code began \(pull image\): .*limits\.timeout_s/,
+  )
 })
 
 test('retry.on: a failure of the user’s own is retried where it is named, with its delay, to the last attempt', async () => {

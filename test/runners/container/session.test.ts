@@ -106,6 +106,24 @@ localTest('a job that is given up leaves its box, and none of its code has run',
   assert.is(outcome.status, 'stopped')
 })
 
+localTest('a job that is stopped before its code has begun says so, one that runs does not', async () => {
+  await using local = await localRunner()
+  const { runner } = local
+  const before = async (source: string, isTime: (line: Promise<void>) => Promise<void>) => {
+    const stop = new AbortController()
+    const line = Promise.withResolvers<void>()
+    void isTime(line.promise).then(() => stop.abort('timeout'))
+    const outcome = await runner
+      .prepare(job(source, { user: '1234' }))
+      .run(stop.signal, { onLog: () => line.resolve(), respond: () => assert.unreachable() as never })
+    assert.is(outcome.status, 'stopped')
+    return outcome.status === 'stopped' && outcome.before
+  }
+  assert.type(await before('export default () => 1', () => Promise.resolve()), 'string')
+  const endless = 'export default () => { console.log("up"); return new Promise(() => {}) }'
+  assert.is(await before(endless, (line) => line), undefined)
+})
+
 localTest('a box made for another user is used for its jobs alone', async () => {
   await using local = await localRunner()
   const { runner, engine } = local
