@@ -480,11 +480,15 @@ function judge(
   }
 }
 
-/** What was made for a first run (an image, a snapshot, a build) is there for the next. */
-const overtime = ({ before }: Stopped, { limits }: WorkloadSpec): string =>
-  before === undefined
-    ? `the workload ran longer than its limit of ${limits.timeout_s} s`
-    : `its limit of ${limits.timeout_s} s was over before its code began (${before}): try again, as a later start takes less, or raise limits.timeout_s`
+/** Parts of a start that go on without the run that began them, and need not be done again. */
+const kept = new Set(['boot machine', 'build program', 'unpack image'])
+
+function overtime({ before }: Stopped, { limits }: WorkloadSpec): string {
+  const limit = `${limits.timeout_s} s`
+  if (before === undefined) return `the workload ran longer than its limit of ${limit}`
+  const tryAgain = kept.has(before) ? 'try again soon, as that goes on, or ' : ''
+  return `its limit of ${limit} was over before its code began (${before}): ${tryAgain}raise limits.timeout_s`
+}
 
 interface Completion {
   /** Output and response, as far as there are, stored within so many ms. */

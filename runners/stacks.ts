@@ -9,7 +9,7 @@ const keptMaps = 8
 const mappedLines = 100
 const mappedLength = 16 * 1024
 /** A place in the bundle, as V8 writes it. */
-const place = /\bindex\.[jt]s:(\d+):(\d+)/g
+const place = /\bindex\.(?:m?js|ts):(\d+):(\d+)/g
 
 export class Stacks {
   readonly #bundles: Bundles

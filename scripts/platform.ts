@@ -139,10 +139,12 @@ export async function startPlatform(config: PlatformConfig, options: PlatformOpt
   const pidsFile = join(dataDir, 'pids.json')
   await endOrphans(pidsFile, dataDir, log)
   const port = await gatewayPort(config)
-  const dispatcherPort = await nextFreePort('127.0.0.1', config.dispatcherPort)
+  const dispatcherPort = await nextFreePort('127.0.0.1', config.dispatcherPort, [port])
   const supervisor = scope.use(new Supervisor({ log, pidsFile }))
 
-  const natsUrl = config.natsUrl ?? (await startNats(supervisor, { ...config, dataDir }, log, signal))
+  const natsUrl =
+    config.natsUrl ??
+    (await startNats(supervisor, { ...config, dataDir }, [port, dispatcherPort], log, signal))
   const url = `http://${reachable(config.host)}:${port}`
   const dispatcherUrl = `http://127.0.0.1:${dispatcherPort}`
   const env = {
@@ -233,6 +235,7 @@ async function gatewayPort({ host, port }: PlatformConfig): Promise<number> {
 async function startNats(
   supervisor: Supervisor,
   { natsHost, natsPort, cacheDir, dataDir, env }: PlatformConfig,
+  promised: readonly number[],
   log: PlatformOptions['log'],
   signal?: AbortSignal,
 ): Promise<string> {
@@ -245,7 +248,7 @@ async function startNats(
   const name = `vulcan-${createHash('sha256').update(dataDir).digest('hex').slice(0, 12)}`
   const host = reachable(natsHost)
   for (let first = natsPort; ; ) {
-    const port = await nextFreePort(natsHost, first)
+    const port = await nextFreePort(natsHost, first, promised)
     const settings = natsCommand(binary, { host: natsHost, port, storeDir: join(dataDir, 'nats'), name })
     try {
       await supervisor.start(

@@ -16,17 +16,25 @@ export async function tryPort(host: string, port: number): Promise<number> {
 }
 
 /**
- * The first free port from `port` upwards; any free one when `port` is 0.
+ * The first free port from `port` upwards; any free one when `port` is 0. None of `promised`: somebody is about to
+ * listen there.
  *
  * @throws when the next hundred are all taken, or the host is not one of this machine
  */
-export async function nextFreePort(host: string, port: number): Promise<number> {
-  for (let candidate = port; ; candidate++) {
+export async function nextFreePort(
+  host: string,
+  port: number,
+  promised: readonly number[] = [],
+): Promise<number> {
+  for (let candidate = port; ; ) {
     try {
-      return await tryPort(host, candidate)
+      const free = await tryPort(host, candidate)
+      if (!promised.includes(free)) return free
+      if (candidate !== 0) candidate++
     } catch (error) {
       const code = (error as NodeJS.ErrnoException).code
       if (code !== 'EADDRINUSE' || candidate >= Math.min(port + 100, 65_535)) throw error
+      candidate++
     }
   }
 }

@@ -174,6 +174,16 @@ under('JavaScript that is built for isolates runs in a container too', async () 
   assert.is((await invoke('built', 21)).output, 42)
 })
 
+under('an error of built TypeScript points at the lines that the user wrote', async () => {
+  await deploy('faulty', {
+    runtime: 'typescript',
+    code: 'type Input = { n: number }\n\nexport default ({ n }: Input): number => {\n  throw new Error("no " + n)\n}',
+  })
+  const { body } = await http<Workload>(`${url}/v1/functions/faulty/invocations`, { body: { n: 1 } })
+  assert.equal([body.status, body.cause, body.error?.message], ['failed', 'user_error', 'no 1'])
+  assert.match(body.error!.stack!, /index\.ts:4:\d+/)
+})
+
 under('an image runs from a layout directory and from its bytes, and keeps its digest', async () => {
   const base = (await findRuntime('base', cacheDir))!
   const entrypoint = ['sh', '-c', 'echo "$GREETING from $(id -u)"']

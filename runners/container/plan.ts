@@ -88,11 +88,15 @@ export function codeFile(program: Pick<Program, 'runtime' | 'entrypoint' | 'sour
   return isNamedByNobody && isModule(source.text) ? 'index.mjs' : name
 }
 
+/** Of code that is looked at, UTF-16 units: anybody may send it, and everybody waits meanwhile. */
+const maxLexed = 512 * 1024
+
 /**
- * Whether it is an ES module for sure. Node finds that out as well, but by compiling it as a CommonJS module first: that
- * is a tenth of a first run in an emulated machine.
+ * Whether it is an ES module beyond doubt. Node finds that out as well, but by compiling it as a CommonJS module first:
+ * that is a tenth of a first run in an emulated machine.
  */
 function isModule(text: string): boolean {
+  if (text.length > maxLexed) return false
   try {
     const [imports, exports] = parse(text)
     // Of an import that is not dynamic `d` is negative.

@@ -215,7 +215,7 @@ export class Attempt implements Prepared {
     }
     if (entered === 'stopped') {
       this.#giveBack(seat)
-      return { status: 'stopped', ...nothingRan }
+      return { status: 'stopped', ...nothingRan, before: 'read request body' }
     }
     if ('status' in entered) {
       this.#giveBack(seat)

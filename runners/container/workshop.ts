@@ -438,9 +438,11 @@ export class Workshop implements AsyncDisposable, BuildTools {
   async #make(held: AsyncDisposableStack, spec: BoxSpec, workspace?: string): Promise<Sandbox> {
     this.#stop.signal.throwIfAborted()
     const asked = preciseNow()
+    const waiting = spec.phases?.begin('wait for sandbox')
     const box = await this.#turns.take(() => {
       // Else each box would tell of a wait that was none.
-      if (preciseNow() - asked >= waitedMs) spec.phases?.done('wait for sandbox', asked)
+      if (preciseNow() - asked >= waitedMs) waiting?.done()
+      else waiting?.drop()
       return this.#create(spec)
     })
     const { network, image } = spec

@@ -7,7 +7,6 @@ import { driveOf } from '../../rootfs/index.ts'
 import type { LimitReport } from '../../shared/backends.ts'
 import type { MachineNetwork } from '../../shared/machine.ts'
 import { machineProtocol } from '../../shared/machine.ts'
-import { preciseNow } from '../../shared/tracing.ts'
 import { type Box, BoxError, type BoxSpec, type Engine } from '../container/engine.ts'
 import { unmeasured } from '../container/phases.ts'
 import type { RunnerMetrics } from '../metrics.ts'
@@ -139,14 +138,17 @@ export class MicrovmEngine implements Engine {
 
   async #shapeOf({ image, limits, network, phases = unmeasured }: BoxSpec): Promise<MachineShape> {
     const { driver, parts, cacheDir } = this.#options
-    const asked = preciseNow()
-    let isNew = false
+    let unpacking: ReturnType<typeof phases.begin> | undefined
     const unpacked = () => {
-      isNew = true
+      unpacking = phases.begin('unpack image')
       return image.root()
     }
-    const root = await driveOf({ digest: image.digest, root: unpacked }, driver.rootFormat, cacheDir)
-    if (isNew) phases.done('unpack image', asked)
+    const drive = driveOf({ digest: image.digest, root: unpacked }, driver.rootFormat, cacheDir)
+    const root = await drive.catch((error) => {
+      unpacking?.fail(error)
+      throw error
+    })
+    unpacking?.done()
     return {
       ...parts,
       root,

@@ -220,7 +220,7 @@ test('a stack points at the lines the user wrote', async () => {
     error: {
       message: 'at index.js:3:5 it broke',
       stack:
-        'Error: at index.js:3:5 it broke\n    at run (index.js:3:5)\n    at index.js:99:1\n    at other.js:3:5',
+        'Error: at index.js:3:5 it broke\n    at run (index.js:3:5)\n    at to (file:///workspace/index.mjs:3:5)\n    at index.js:99:1\n    at other.js:3:5',
     },
     exitCode: null,
     usage: unknownUsage,
@@ -232,7 +232,7 @@ test('a stack points at the lines the user wrote', async () => {
   const end = await untilEnd(on.bus, mapped.id)
   assert.is(
     end.data.error!.stack,
-    'Error: at index.js:3:5 it broke\n    at run (src/main.ts:11:4)\n    at index.js:99:1\n    at other.js:3:5',
+    'Error: at index.js:3:5 it broke\n    at run (src/main.ts:11:4)\n    at to (file:///workspace/src/main.ts:11:4)\n    at index.js:99:1\n    at other.js:3:5',
   )
   const { event } = await until('the lines', async () => {
     const found = await on.bus.jsm.streams

@@ -267,7 +267,7 @@ test('an attempt whose start takes its time ends as timeout too, and says what i
   assert.is(data.cause, 'timeout')
   assert.match(
     data.error!.message,
-    /0\.2 s was over before its code began \(pull image\): .*limits\.timeout_s/,
+    /0\.2 s was over before its code began \(pull image\): raise limits\.timeout_s/,
   )
 })
 

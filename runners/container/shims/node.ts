@@ -35,7 +35,7 @@ import {
 import type { HeaderList, LogLevel } from '../../../shared/workload.ts'
 import { Inflow, Outflow, routeStream } from '../../guest/flows.ts'
 import { readResponseHead } from '../../guest/heads.ts'
-import { type DoneHeader, markOf, type RunContext, type RunHeader } from '../protocol.ts'
+import { type DoneHeader, inBox, markOf, type RunContext, type RunHeader } from '../protocol.ts'
 import { now, type Span, Spans } from './spans.ts'
 
 const framesIn = 4
@@ -376,8 +376,9 @@ async function load(header: RunHeader): Promise<void> {
 
 /** For a package that nobody has installed: how it comes here. */
 function wayToPackages({ message }: Error, root: string): string {
-  const name = /^Cannot find (?:package|module) '([^'./][^']*)'/.exec(message)?.[1]
-  if (name === undefined || existsSync(join(root, 'node_modules'))) return ''
+  const name = /^Cannot find (?:package|module) '(@[^'/]+\/[^'/]+|[^'./@][^'/]*)/.exec(message)?.[1]
+  // Into an image nothing is installed.
+  if (name === undefined || root !== inBox.workspace || existsSync(join(root, 'node_modules'))) return ''
   return `\n${name} is a package: deploy the code as a function with it in package.json, or bring it in node_modules`
 }
 

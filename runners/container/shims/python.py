@@ -29,6 +29,8 @@ LOST_VOICE = 70
 MAX_LINE_BYTES = 64 * 1024
 MAX_MESSAGE = 16_000
 MAX_STACK = 32_000
+# As protocol.ts has it.
+WORKSPACE = "/workspace"
 # Of the spans of one run, as shared/guest.ts has them.
 MAX_SPANS = 256
 MAX_SPAN_ATTRIBUTES = 32
@@ -370,7 +372,8 @@ def entry_of(header):
 
 def way_to_packages(error, root):
     """For a package that nobody has installed: how it comes here."""
-    if error.name is None or os.path.isdir(os.path.join(root, "vendor")):
+    # Into an image nothing is installed.
+    if error.name is None or root != WORKSPACE or os.path.isdir(os.path.join(root, "vendor")):
         return ""
     name = error.name.partition(".")[0]
     return f"\n{name} is not here: deploy the code as a function with it in requirements.txt, or bring it in the folder vendor"

@@ -132,14 +132,14 @@ function memory({ shape, start, version }: QemuLine): string {
 
 /**
  * A kernel that panics or reboots ends QEMU. Emulated time is too rough for the kernel’s measurement of its time stamp
- * counter, which then fails and leaves a machine without a clock: so it is told what the counter runs at. Nor does it
- * look whether the counter keeps time: there is but a rougher clock to compare it with, and a machine that was restored
- * would find it wanting.
+ * counter, which then fails and leaves a machine without a clock: so it is told what the counter runs at, and
+ * does not look whether the counter keeps time: there is but a rougher clock to compare it with.
  */
 function kernel(accelerator: Accelerator, tscKhz: number | undefined): string[] {
   const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=t', 'random.trust_cpu=on']
-  if (accelerator === 'emulation') words.push('no_timer_check', 'mitigations=off', 'tsc=reliable')
-  if (accelerator === 'emulation' && tscKhz !== undefined) words.push(`tsc_early_khz=${tscKhz}`)
+  if (accelerator === 'emulation') words.push('no_timer_check', 'mitigations=off')
+  if (accelerator === 'emulation' && tscKhz !== undefined)
+    words.push('tsc=reliable', `tsc_early_khz=${tscKhz}`)
   return [
     ...[
       '-kernel',

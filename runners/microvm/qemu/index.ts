@@ -69,7 +69,8 @@ export async function createQemu(options: QemuOptions): Promise<Driver> {
     model: modelOf({ version, accelerator }, processor),
     users: new Users(accelerator === 'kvm' ? groupsOf(kvmDevice) : []),
     tscKhz: processor.tscKhz,
-    inSmallPages: inSmallPages(),
+    // What it helps against is of emulation.
+    inSmallPages: accelerator === 'emulation' ? inSmallPages() : [],
   })
   const { accelerator, why } = await chooseAccelerator(options, hostFor, holding)
   const driver = new Qemu(hostFor(accelerator), why)

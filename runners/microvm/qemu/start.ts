@@ -41,7 +41,7 @@ export interface Host {
   nowhere: Namespace | undefined
   /** What the host’s time stamp counter runs at, where it is known. */
   tscKhz: number | undefined
-  /** Of launch.ts. */
+  /** Words of launch.ts; none where there is no use in them. */
   inSmallPages: readonly string[]
 }
 

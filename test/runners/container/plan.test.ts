@@ -161,6 +161,8 @@ test('the file of a source of code', () => {
     'export default () => {',
   ]
   for (const other of others) assert.is(name('node', undefined, other), 'index.js', other)
+  const long = `export default 1 //${'x'.repeat(512 * 1024)}`
+  assert.is(name('node', undefined, long), 'index.js', 'what is long is left to Node')
   assert.is(name('node', ['node', 'index.js']), 'index.js')
   assert.is(name('node', 'job.js'), 'job.js')
 })

@@ -194,7 +194,7 @@ localTest('code that cannot be run says where', async () => {
     ['import "nope"\nexport default () => 1', /'nope'.*\nnope is a package: deploy/],
     [
       'require("@no/pe/x"); module.exports = () => 1',
-      /'@no\/pe\/x'.*\n(?:.*\n)*@no\/pe\/x is a package: deploy/,
+      /'@no\/pe\/x'.*\n(?:.*\n)*@no\/pe is a package: deploy/,
     ],
     ['import "./nope.js"\nexport default () => 1', /nope\.js'[^\n]*$/],
     ['export const a = 1', /no default export/],
