@@ -79,7 +79,7 @@ const rereadPages = 200
  * without memory of its own left: the kernel finds something to take for ever, and calls nothing out of memory.
  */
 export function isThrashing(): boolean {
-  // This is asked for ever again of machines that stand idle, and the rest is long.
+  // Machines that stand idle are asked again and again, and the rest is long.
   if (Number(read('memory.current')) < maxBytes * fullShare) {
     rereadBefore = undefined
     return false

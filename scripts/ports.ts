@@ -26,15 +26,14 @@ export async function nextFreePort(
   port: number,
   promised: readonly number[] = [],
 ): Promise<number> {
-  for (let candidate = port; ; ) {
+  const step = port === 0 ? 0 : 1
+  for (let candidate = port; ; candidate += step) {
     try {
       const free = await tryPort(host, candidate)
       if (!promised.includes(free)) return free
-      if (candidate !== 0) candidate++
     } catch (error) {
       const code = (error as NodeJS.ErrnoException).code
-      if (code !== 'EADDRINUSE' || candidate >= Math.min(port + 100, 65_535)) throw error
-      candidate++
+      if (code !== 'EADDRINUSE' || port === 0 || candidate >= Math.min(port + 100, 65_535)) throw error
     }
   }
 }

@@ -258,17 +258,19 @@ test('an attempt over its time is stopped and ends as failed, timeout', async ()
 
 test('an attempt whose start takes its time ends as timeout too, and says what it waited for', async () => {
   await using on = await ground()
-  await using _ = await startWorker(on, async (_job, signal) => ({
+  await using _ = await startWorker(on, async (job, signal) => ({
     ...(await untilStopped(signal)),
-    ...{ status: 'stopped', before: 'pull image' },
+    ...{ status: 'stopped', before: codeOf(job) },
   }))
-  const { id } = await submit(on.bus, { limits: { timeout_s: 0.2 } })
-  const { data } = await untilEnd(on.bus, id)
-  assert.is(data.cause, 'timeout')
-  assert.match(
-    data.error!.message,
-    /0\.2 s was over before its code began \(pull image\): raise limits\.timeout_s/,
-  )
+  for (const [part, way] of [
+    ['pull image', 'raise limits.timeout_s'],
+    ['boot machine', 'try again soon, as that goes on, or raise limits.timeout_s'],
+  ]) {
+    const { id } = await submit(on.bus, { code: part, limits: { timeout_s: 0.2 } })
+    const { data } = await untilEnd(on.bus, id)
+    assert.is(data.cause, 'timeout')
+    assert.is(data.error!.message, `its limit of 0.2 s was over before its code began (${part}): ${way}`)
+  }
 })
 
 test('retry.on: a failure of the user’s own is retried where it is named, with its delay, to the last attempt', async () => {
