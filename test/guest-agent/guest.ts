@@ -317,7 +317,7 @@ export class Guest implements AsyncDisposable {
     this.#socket.destroy()
     this.#child.kill('SIGKILL')
     await this.#exited
-    await rm(this.dir, { recursive: true, force: true })
+    await rm(this.dir, { recursive: true, force: true, maxRetries: 10, retryDelay: 100 })
   }
 }
 
